@@ -1,0 +1,214 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Benchmarks of the programs' building blocks: ``python -m inference.bench step [options]``.
+
+``step`` times one SVI step on the shapes of the MNIST preset (batch 128) in two variants that take
+turns in one process, so that a slow moment of the machine meets both:
+
+- explicit: ``Trace_ELBO`` with the Gaussian guide;
+- implicit: ``TraceImplicit_ELBO`` with the implicit guide of the same size, score updates included.
+
+It prints the median of each, their ratio, the rate of a matrix product in fp32 and bf16 measured
+between the steps, and the peak memory of each variant: the largest resident set of a process of
+its own that takes a few steps, in total and above what it was with all imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyro
+import torch
+import tyro
+from pyro.infer import SVI
+
+from inference.errors import UserError, user_errors
+from inference.optim import TorchOptim
+from inference.presets import PRESETS, build_loss, build_vae
+
+__all__ = ["Step", "bench_step", "main"]
+
+VARIANTS = {"explicit": "sbmnist-mlp-gaussian", "implicit": "sbmnist-mlp-implicit"}
+
+#: A product of the size that the score network of the paper works with.
+GEMM_SHAPE = (4096, 256, 256)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Times one SVI step, implicit against explicit guide."""
+
+    steps: int = 200
+    """Timed steps of each variant."""
+    warmup: int = 20
+    """Steps of each before the clock runs."""
+    memory_steps: int = 20
+    """Steps of the processes that measure memory; 0 leaves it out."""
+    threads: int = 1
+    """CPU threads of torch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the matrix products of model and guide."""
+    batch_size: int = 128
+    """Data points of a minibatch."""
+    seed: int = 0
+    """Seed of weights, data and noise."""
+    json: Path | None = None
+    """Write the figures to this file too."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Takes steps of one variant and prints its peak memory in bytes (what ``step`` runs)."""
+
+    variant: Annotated[Literal["explicit", "implicit"], tyro.conf.Positional]
+    """Which variant."""
+    steps: int = 20
+    """Steps."""
+    threads: int = 1
+    """CPU threads of torch."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the matrix products of model and guide."""
+    batch_size: int = 128
+    """Data points of a minibatch."""
+    seed: int = 0
+    """Seed of weights, data and noise."""
+
+
+def _build_step(variant: str, options: Step | Memory) -> Callable[[], Any]:
+    config = dataclasses.replace(
+        PRESETS[VARIANTS[variant]][1],
+        precision=options.precision,
+        batch_size=options.batch_size,
+    )
+    vae = build_vae(config, name=variant)
+    adam = torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
+    svi = SVI(vae.model, vae.guide, TorchOptim(vae, adam), loss=build_loss(config))
+    # Pixels as dark as MNIST's: the arithmetic is the same for any.
+    x = torch.bernoulli(torch.full((config.batch_size, 784), 0.13))
+    return lambda: svi.step(x)
+
+
+def _build_gemm(dtype: torch.dtype) -> Callable[[], Any]:
+    rows, inner, columns = GEMM_SHAPE
+    left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+    return lambda: left @ right
+
+
+def bench_step(options: Step) -> dict[str, Any]:
+    """Runs the step benchmark; returns its figures."""
+    pyro.set_rng_seed(options.seed)
+    jobs = {
+        **{variant: _build_step(variant, options) for variant in VARIANTS},
+        "fp32": _build_gemm(torch.float32),
+        "bf16": _build_gemm(torch.bfloat16),
+    }
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for index in range(options.warmup + options.steps):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if index >= options.warmup:
+                times[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    flop = 2 * GEMM_SHAPE[0] * GEMM_SHAPE[1] * GEMM_SHAPE[2]
+    figures: dict[str, Any] = {
+        "ms": {variant: 1e3 * median[variant] for variant in VARIANTS},
+        "ratio": median["implicit"] / median["explicit"],
+        "gemm_gflops": {name: flop / median[name] / 1e9 for name in ("fp32", "bf16")},
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "threads": options.threads,
+        "precision": options.precision,
+        "torch": torch.__version__,
+    }
+    if options.memory_steps:
+        figures["peak_memory_mb"] = {variant: _memory(variant, options) for variant in VARIANTS}
+    return figures
+
+
+def _memory(variant: str, options: Step) -> dict[str, float]:
+    command = [sys.executable, "-m", "inference.bench", "memory", variant]
+    for name in ("threads", "precision", "seed"):
+        command += [f"--{name}", str(getattr(options, name))]
+    command += ["--steps", str(options.memory_steps), "--batch-size", str(options.batch_size)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return {name: value / 2**20 for name, value in json.loads(done.stdout).items()}
+
+
+def _measure_memory(options: Memory) -> dict[str, int]:
+    before = _peak()
+    step = _build_step(options.variant, options)
+    for _ in range(options.steps):
+        step()
+    return {"total": _peak(), "above_imports": _peak() - before}
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss: on Linux a process inherits that of the one that started it.
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main() -> None:
+    """Runs a benchmark."""
+    options = tyro.extras.subcommand_cli_from_dict(
+        {"step": _step_main, "memory": _memory_main},
+        prog="python -m inference.bench",
+        description="Benchmarks; `step` is the one to run.",
+    )
+    del options
+
+
+def _step_main(options: Annotated[Step, tyro.conf.arg(name="")]) -> None:
+    """Times one SVI step, implicit against explicit guide."""
+    with user_errors():
+        # A global of the process, which this program owns.
+        torch.set_num_threads(options.threads)
+        figures = bench_step(options)
+        for variant, ms in figures["ms"].items():
+            memory = figures.get("peak_memory_mb", {}).get(variant)
+            peak = (
+                f", peak memory {memory['total']:.0f} MB ({memory['above_imports']:.0f} MB above "
+                "what the imports take)"
+                if memory
+                else ""
+            )
+            print(f"{variant}: {ms:.2f} ms a step{peak}")
+        print(f"ratio implicit / explicit: {figures['ratio']:.2f}")
+        rates = ", ".join(f"{n} {rate:.0f} GFLOP/s" for n, rate in figures["gemm_gflops"].items())
+        print(f"matrix product {'x'.join(map(str, GEMM_SHAPE))}: {rates}")
+        if options.json is not None:
+            try:
+                options.json.write_text(json.dumps(figures, indent=2) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"{options.json}: expected a writable file, found: {error}"
+                ) from None
+
+
+def _memory_main(options: Annotated[Memory, tyro.conf.arg(name="")]) -> None:
+    """Takes steps of one variant and prints its peak memory (what `step` runs)."""
+    torch.set_num_threads(options.threads)
+    pyro.set_rng_seed(options.seed)
+    print(json.dumps(_measure_memory(options)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Evaluates a run of ``inference.vae`` again: ``python -m inference.evaluate RUN``.
+
+With the seed and the numbers of samples of the run it gives the recorded figures exactly (same
+machine, same number of threads); other numbers of samples can be asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from inference.data import Dataset
+from inference.errors import UserError, user_errors
+from inference.presets import Config, build_data, build_vae
+from inference.run import RunFolder
+from models import toy
+from models.networks import MLP
+from models.vae import VAE
+from pyro_ardae.evaluate import elbo, fitted_gaussian_log_marginal, log_marginal_from_guide
+
+__all__ = ["Evaluation", "describe", "evaluate", "final_evaluation", "main", "restore"]
+
+#: Data points whose importance samples are taken at once: bounds the memory.
+POINTS_AT_ONCE = 100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Options of ``python -m inference.evaluate``."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    test_points: int | None = None
+    """Data points, a seeded random subset; as in the run by default."""
+    test_samples: int | None = None
+    """Importance samples per data point; as in the run by default."""
+    guide_samples: int | None = None
+    """Guide samples that the proposal is fitted to; as in the run by default."""
+    seed: int | None = None
+    """Seed of the subset and the samples; that of the run by default."""
+    data_dir: Path | None = None
+    """Folder of binarized_mnist.npz; as in the run by default."""
+    threads: int | None = None
+    """CPU threads of torch; as in the run by default."""
+
+
+@torch.no_grad()
+def evaluate(
+    vae: VAE,
+    x: Tensor,
+    *,
+    explicit: bool,
+    own: bool = True,
+    num_samples: int,
+    guide_samples: int,
+    prior_weight: float,
+    seed: int,
+) -> dict[str, float]:
+    """Estimates log p(x) in nats per data point, with standard errors over the data points.
+
+    Every figure is a mean over the rows of ``x``:
+
+    - ``log_px``: importance sampling, ``num_samples`` draws of a full-covariance Gaussian fitted to
+      ``guide_samples`` draws of the guide, mixed with the prior by ``prior_weight``
+      (:func:`pyro_ardae.evaluate.fitted_gaussian_log_marginal`); ``log_px_se`` its standard error;
+    - ``log_px_own``, ``elbo`` and their ``_se``: the same with an explicit guide's own posterior as
+      the proposal (unless not ``own``), and its evidence lower bound (16 draws);
+    - ``aggregate_std``: standard deviation of all latents drawn, averaged over dimensions (1 is the
+      prior's); ``point_std``: standard deviation of one data point's, averaged likewise.
+
+    The global random state is left as it was; matrix products are in fp32.
+    """
+    totals: dict[str, list[Tensor]] = {"log_px": []}
+    latents, point_variances = [], []
+    with torch.random.fork_rng(), _full_precision(vae):
+        torch.manual_seed(seed)
+        for chunk in x.split(POINTS_AT_ONCE):
+
+            def log_joint(z: Tensor, chunk: Tensor = chunk) -> Tensor:
+                return vae.log_joint(chunk, z)
+
+            posterior = vae.posterior(chunk)
+            draws = posterior.sample(torch.Size((guide_samples,)))
+            latents.append(draws[0])
+            point_variances.append(draws.var(0))
+            totals["log_px"].append(
+                fitted_gaussian_log_marginal(
+                    log_joint, draws, num_samples, prior_weight=prior_weight
+                )
+            )
+            if explicit and own:
+                log_px_own = log_marginal_from_guide(log_joint, posterior, num_samples)
+                totals.setdefault("log_px_own", []).append(log_px_own)
+            if explicit:
+                totals.setdefault("elbo", []).append(elbo(log_joint, posterior, 16))
+    result: dict[str, float] = {}
+    for name, parts in totals.items():
+        values = torch.cat(parts).double()
+        result[name] = values.mean().item()
+        result[f"{name}_se"] = (values.std() / math.sqrt(len(values))).item()
+    result["aggregate_std"] = torch.cat(latents).std(0).mean().item()
+    result["point_std"] = torch.cat(point_variances).sqrt().mean().item()
+    return result
+
+
+def final_evaluation(config: Config, vae: VAE, data: Dataset) -> dict[str, float]:
+    """The final evaluation of a run, as its options say."""
+    x = data.subset("test", config.test_points, config.seed).to(config.device)
+    figures = evaluate(
+        vae,
+        x,
+        explicit=config.guide == "gaussian",
+        num_samples=config.test_samples,
+        guide_samples=config.guide_samples,
+        prior_weight=config.prior_weight,
+        seed=config.seed,
+    )
+    figures |= {
+        "test_points": len(x),
+        "test_samples": config.test_samples,
+        "guide_samples": config.guide_samples,
+    }
+    if config.task == "25gaussians":
+        figures |= _modes(vae, config.seed)
+    return figures
+
+
+@torch.no_grad()
+def _modes(vae: VAE, seed: int) -> dict[str, float]:
+    """Of the 25 modes, those that 1 % of 10,000 samples or more come near to (within 3 standard
+    deviations of a mode; 4 % are expected), and the share of samples near any.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        prior = vae.prior(next(vae.parameters()))
+        samples = vae.decoder(prior.sample(torch.Size((10_000,)))).sample().cpu()
+    distance, nearest = torch.cdist(samples, toy.modes()).min(-1)
+    near = nearest[distance < 3 * math.sqrt(toy.VARIANCE)]
+    counts = torch.bincount(near, minlength=25)
+    return {"modes": int((counts >= 100).sum()), "near_a_mode": len(near) / len(samples)}
+
+
+class _full_precision:
+    """Turns the lower precision of the networks' matrix products off."""
+
+    def __init__(self, vae: VAE) -> None:
+        self.networks = [module for module in vae.modules() if isinstance(module, MLP)]
+
+    def __enter__(self) -> None:
+        self.dtypes = [network.compute_dtype for network in self.networks]
+        for network in self.networks:
+            network.compute_dtype = None
+
+    def __exit__(self, *exception: object) -> None:
+        for network, dtype in zip(self.networks, self.dtypes, strict=True):
+            network.compute_dtype = dtype
+
+
+def describe(config: Config, figures: dict[str, float]) -> str:
+    """The figures in words, the numbers of samples beside them."""
+    samples = f"{figures['test_samples']} samples"
+    lines = [
+        f"test log p(x) {figures['log_px']:.3f} ± {figures['log_px_se']:.3f} nats "
+        f"({figures['test_points']} points, {samples} of a Gaussian fitted to "
+        f"{figures['guide_samples']} guide samples"
+        + (f", prior mixed in by {config.prior_weight:g})" if config.prior_weight else ")")
+    ]
+    if "elbo" in figures:
+        lines.append(
+            f"test log p(x) {figures['log_px_own']:.3f} ± {figures['log_px_own_se']:.3f} nats "
+            f"({samples} of its own posterior), "
+            f"ELBO {figures['elbo']:.3f} ± {figures['elbo_se']:.3f} nats"
+        )
+    if "modes" in figures:
+        lines.append(
+            f"modes in samples {figures['modes']} of 25, {figures['near_a_mode']:.1%} of the "
+            f"samples near one; highest possible log p(x) {toy.EXPECTED_LOG_PROB}"
+        )
+    lines.append(
+        f"standard deviation of the latents: {figures['aggregate_std']:.3f} in the aggregate "
+        f"(prior 1), {figures['point_std']:.3f} for one data point"
+    )
+    return "\n".join(lines)
+
+
+def restore(run: Path, **changes: Any) -> tuple[Config, VAE]:
+    """Loads the best weights of a run, and its options with ``changes``."""
+    recorded = RunFolder.read_config(run)
+    paths = {
+        name: Path(recorded[name]) if recorded.get(name) else None
+        for name in ("data_dir", "out", "resume")
+    }
+    known = {field.name for field in dataclasses.fields(Config)}
+    try:
+        values = {key: value for key, value in recorded.items() if key in known}
+        config = Config(**{**values, **paths, **changes})
+    except TypeError as error:
+        raise UserError(f"{run / 'config.json'}: expected the options of a run ({error})") from None
+    vae = build_vae(config)
+    vae.load_state_dict(RunFolder(run, ()).load("best", config.device)["vae"])
+    return config, vae
+
+
+def main() -> None:
+    """Evaluates a run again."""
+    options = tyro.cli(Evaluation, prog="python -m inference.evaluate", description=__doc__)
+    with user_errors():
+        given = {
+            key: value
+            for key, value in dataclasses.asdict(options).items()
+            if key != "run" and value is not None
+        }
+        config, vae = restore(options.run, **given)
+        if config.threads is not None:
+            # A global of the process, which this program owns.
+            torch.set_num_threads(config.threads)
+        print(describe(config, final_evaluation(config, vae, build_data(config))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trains a variational autoencoder: ``python -m inference.vae PRESET [options]``.
+
+Examples::
+
+    python -m inference.vae 25gaussians-implicit --seed 1
+    python -m inference.vae sbmnist-mlp-gaussian --budget-seconds 300 --precision bf16
+    python -m inference.vae sbmnist-mlp-gaussian --resume runs/sbmnist-mlp-gaussian-seed0
+
+Columns of metrics.csv, one row for each validation:
+
+- ``loss``: mean of the training loss per data point since the last row, in nats. With the implicit
+  guide it lacks the guide's entropy: it is no bound, and not to be compared across guides;
+- ``valid_log_px``, its standard error ``valid_log_px_se``, and with the Gaussian guide
+  ``valid_elbo``: of the averaged weights, see :func:`inference.evaluate.evaluate`;
+- ``aggregate_std``, ``point_std``: standard deviations of the latents, ibidem;
+- ``score_loss``, ``stein``: of the score estimator, see ``TraceImplicit_ELBO.diagnostics``;
+- ``beta``: weight of the KL terms; ``seconds``: wall-clock time of training, validation included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+import tyro
+from pyro.infer import ELBO, SVI
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from inference import plots
+from inference.data import Dataset
+from inference.errors import user_errors
+from inference.evaluate import describe, evaluate, final_evaluation
+from inference.optim import TorchOptim
+from inference.presets import MAY_DIFFER, PRESETS, Config, build_data, build_loss, build_vae
+from inference.run import RunFolder, load_rng_state, rng_state
+from models.vae import VAE
+from pyro_ardae import TraceImplicit_ELBO
+
+__all__ = ["COLUMNS", "Training", "main", "run"]
+
+COLUMNS = (
+    *("step", "seconds", "beta", "loss", "valid_log_px", "valid_log_px_se", "valid_elbo"),
+    *("aggregate_std", "point_std", "score_loss", "stein"),
+)
+
+_DESCRIPTION = """Trains a variational autoencoder; each preset below with what to expect of it.
+
+Options follow the preset: python -m inference.vae PRESET --help lists them."""
+
+#: Steps between updates of the Polyak average: with decay ** 5, it is the same average, cheaper.
+AVERAGE_EVERY = 5
+
+
+class Training:
+    """All that a training run changes, and one step of it.
+
+    :param Config config: options.
+    :param Dataset data: data.
+    """
+
+    def __init__(self, config: Config, data: Dataset) -> None:
+        self.config = config
+        self.data = data
+        self.vae = build_vae(config)
+        self.loss: ELBO = build_loss(config)
+        adam = torch.optim.Adam(self.vae.parameters(), lr=config.learning_rate, fused=True)
+        self.optim = TorchOptim(self.vae, adam, clip_norm=config.clip_norm)
+        self.svi = SVI(self.vae.model, self.vae.guide, self.optim, loss=self.loss)
+        self.average = AveragedModel(self.vae, multi_avg_fn=self._average)
+        self.steps_done = 0
+        self.seconds = 0.0
+        self.best_valid = -float("inf")
+
+    @property
+    def beta(self) -> float:
+        """Weight of the KL terms at the next step."""
+        if self.steps_done >= self.config.beta_steps:
+            return 1.0
+        done = self.steps_done / self.config.beta_steps
+        # Pyro refuses a scale of 0.
+        return max(self.config.beta_start + done * (1 - self.config.beta_start), 1e-8)
+
+    @property
+    def averaged(self) -> VAE:
+        """The model with averaged weights: what is evaluated."""
+        return self.average.module if self.config.average_decay > 0 else self.vae
+
+    def step(self) -> float:
+        """Takes one training step; returns the loss per data point."""
+        x = self.data.minibatch(self.steps_done).to(self.config.device)
+        loss = self.svi.step(x, self.beta) / len(x)
+        self.steps_done += 1
+        if self.steps_done % AVERAGE_EVERY == 0:
+            self.average.update_parameters(self.vae)
+        return loss
+
+    def _average(self, averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
+        # A short horizon at first, (1 + n) / (10 + n), forgets the initial weights.
+        decay = min(self.config.average_decay**AVERAGE_EVERY, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs, as tensors and plain values."""
+        return {
+            "vae": self.vae.state_dict(),
+            "average": self.average.state_dict(),
+            "optim": self.optim.get_state(),
+            "loss": self.loss.state_dict() if isinstance(self.loss, TraceImplicit_ELBO) else {},
+            "rng": rng_state(),
+            "steps_done": self.steps_done,
+            "seconds": self.seconds,
+            "best_valid": self.best_valid,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state` returned."""
+        self.vae.load_state_dict(state["vae"])
+        self.average.load_state_dict(state["average"])
+        self.optim.set_state(state["optim"])
+        if isinstance(self.loss, TraceImplicit_ELBO):
+            self.loss.load_state_dict(state["loss"])
+        load_rng_state(state["rng"])
+        self.steps_done = state["steps_done"]
+        self.seconds = state["seconds"]
+        self.best_valid = state["best_valid"]
+
+    def validate(self) -> dict[str, float]:
+        """Evaluates the averaged weights on the validation points; the row of metrics.csv."""
+        config = self.config
+        figures = evaluate(
+            self.averaged,
+            self.data.subset("valid", config.valid_points, config.seed).to(config.device),
+            explicit=config.guide == "gaussian",
+            own=False,
+            num_samples=config.valid_samples,
+            guide_samples=min(config.guide_samples, 128),
+            prior_weight=config.prior_weight,
+            seed=config.seed,
+        )
+        row = {
+            "step": self.steps_done,
+            "valid_log_px": figures["log_px"],
+            "valid_log_px_se": figures["log_px_se"],
+            "aggregate_std": figures["aggregate_std"],
+            "point_std": figures["point_std"],
+        }
+        if "elbo" in figures:
+            row["valid_elbo"] = figures["elbo"]
+        if isinstance(self.loss, TraceImplicit_ELBO):
+            score = self.loss.diagnostics().get("z", {})
+            row |= {name: score[name] for name in ("score_loss", "stein") if name in score}
+        return row
+
+
+def train(training: Training, folder: RunFolder) -> None:
+    """The training loop: steps, validations, checkpoints."""
+    config = training.config
+    budget = config.budget_seconds if config.budget_seconds is not None else float("inf")
+    started = time.perf_counter() - training.seconds
+    losses: list[float] = []
+    progress = tqdm(total=config.steps, initial=training.steps_done, unit="step", mininterval=1.0)
+    with progress:
+        while training.steps_done < config.steps and training.seconds < budget:
+            beta = training.beta
+            losses.append(training.step())
+            training.seconds = time.perf_counter() - started
+            progress.update()
+            last = training.steps_done == config.steps or training.seconds >= budget
+            if last or training.steps_done % config.valid_every == 0:
+                row = training.validate()
+                if row["valid_log_px"] > training.best_valid:
+                    training.best_valid = row["valid_log_px"]
+                    folder.save(
+                        "best", {"vae": training.averaged.state_dict(), "step": row["step"]}
+                    )
+                training.seconds = time.perf_counter() - started
+                loss = sum(losses) / len(losses)
+                losses.clear()
+                row |= {"seconds": training.seconds, "beta": beta, "loss": loss}
+                folder.log(row)
+                progress.write(
+                    f"step {row['step']}: {training.seconds:.0f} s, loss {loss:.3f}, "
+                    f"valid log p(x) {row['valid_log_px']:.3f} ± {row['valid_log_px_se']:.3f}"
+                )
+            if last or training.steps_done % config.checkpoint_every == 0:
+                folder.save("latest", training.state())
+
+
+def run(config: Config) -> Path:
+    """Trains, evaluates, draws; returns the run folder."""
+    options = dataclasses.asdict(config)
+    data = build_data(config)
+    pyro.set_rng_seed(config.seed)
+    training = Training(config, data)
+    if config.resume is None:
+        path = config.out or Path("runs") / f"{config.preset}-seed{config.seed}"
+        folder = RunFolder.create(path, options, COLUMNS)
+    else:
+        path = config.resume
+        folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
+        training.load_state(folder.load("latest", config.device))
+        folder.drop_rows_after(training.steps_done)
+    train(training, folder)
+    folder.close()
+
+    vae = training.averaged
+    best = folder.load("best", config.device)
+    vae.load_state_dict(best["vae"])
+    figures = final_evaluation(config, vae, data)
+    results = {"best_step": best["step"], "steps": training.steps_done, "seconds": training.seconds}
+    folder.write_json("results.json", {**results, **figures})
+    print(describe(config, figures))
+    draw = plots.toy_figure if config.task == "25gaussians" else plots.mnist_figure
+    x = data.subset("test", 4000, config.seed).to(config.device)
+    figure = plots.save(draw(vae, x), path / "figures" / "model.png")
+    print(f"run folder {path}, figure {figure}")
+    return path
+
+
+def main() -> None:
+    """Trains a variational autoencoder."""
+    config = tyro.extras.overridable_config_cli(
+        PRESETS, prog="python -m inference.vae", description=_DESCRIPTION
+    )
+    # Globals of the process, which this program owns.
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    pyro.clear_param_store()
+    with user_errors():
+        run(config)
+
+
+if __name__ == "__main__":
+    main()

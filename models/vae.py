@@ -1,0 +1,87 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A variational autoencoder as a pair of Pyro model and guide."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+from pyro import poutine
+from torch import Tensor, nn
+
+__all__ = ["VAE"]
+
+
+class VAE(nn.Module):
+    r"""Composes an encoder trunk, a guide head and a decoder.
+
+    The model is :math:`p(x, z) = N(z; 0, I)\, p(x \mid z)`, one latent per data point. The trunk
+    runs once per data point, the head turns its features into a distribution over the latent.
+    ``vae.model`` and ``vae.guide`` are the two callables for :class:`pyro.infer.SVI`; the tensor
+    methods never touch Pyro's parameter store.
+
+    :param nn.Module trunk: data ``[B, X]`` to features ``[B, C]``.
+    :param nn.Module head: features to a distribution with batch shape ``[B]`` and event shape
+        ``[latent_dim]``, e.g. :class:`~models.guides.GaussianGuide`.
+    :param nn.Module decoder: latents ``[*, latent_dim]`` to a distribution over the data.
+    :param int latent_dim: width of the latent.
+    :param bool centred: whether the trunk gets ``2 * x - 1`` in place of ``x``, for data in
+        ``[0, 1]``.
+    :param str name: prefix of the parameters' names in Pyro's store; two models trained side by
+        side need different ones.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: nn.Module,
+        decoder: nn.Module,
+        *,
+        latent_dim: int,
+        centred: bool = False,
+        name: str = "vae",
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.decoder = decoder
+        self.latent_dim = latent_dim
+        self.centred = centred
+        self.name = name
+
+    def prior(self, like: Tensor) -> dist.TorchDistribution:
+        """The standard normal prior, with the dtype and device of ``like``."""
+        loc = like.new_zeros(self.latent_dim)
+        return dist.Normal(loc, like.new_ones(()), validate_args=False).to_event(1)
+
+    def model(self, x: Tensor, beta: float = 1.0) -> None:
+        """The Pyro model.
+
+        :param Tensor x: data, ``[B, X]``.
+        :param float beta: weight of the latent's terms (the KL divergence), in ``(0, 1]`` while it
+            is annealed.
+        """
+        pyro.module(f"{self.name}.decoder", self.decoder)
+        with pyro.plate("data", x.shape[0]):
+            with poutine.scale(scale=beta):
+                z = pyro.sample("z", self.prior(x))
+            pyro.sample("x", self.decoder(z), obs=x)
+
+    def guide(self, x: Tensor, beta: float = 1.0) -> None:
+        """The Pyro guide, with the arguments of :meth:`model`."""
+        pyro.module(f"{self.name}.trunk", self.trunk)
+        pyro.module(f"{self.name}.head", self.head)
+        with pyro.plate("data", x.shape[0]), poutine.scale(scale=beta):
+            pyro.sample("z", self.posterior(x))
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        """The guide's distribution of the latents of ``x``: batch shape ``[B]``."""
+        return self.head(self.trunk(2 * x - 1 if self.centred else x))
+
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        """``log p(x, z)`` for data ``[B, X]`` and latents ``[*sample, B, latent_dim]``.
+
+        :returns: tensor of shape ``[*sample, B]``, in nats.
+        """
+        return self.prior(z).log_prob(z) + self.decoder(z).log_prob(x)

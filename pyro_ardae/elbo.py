@@ -1,0 +1,351 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Pyro ELBOs for guides with :class:`~pyro_ardae.implicit.Implicit` sites."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.elbo import ELBOModule
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_ardae.implicit import Implicit, find_implicit
+from pyro_ardae.score import ARDAE, ScoreEstimator
+
+__all__ = ["TraceImplicitEnum_ELBO", "TraceImplicitMeanField_ELBO", "TraceImplicit_ELBO"]
+
+EstimatorFactory = Callable[[int, int], ScoreEstimator]
+
+
+class _ScoreMessenger(Messenger):
+    """Attach a score to every implicit site that a guide samples, when it is sampled."""
+
+    def __init__(self, attach: Callable[[str, Implicit, Tensor], None]) -> None:
+        super().__init__()
+        self._attach = attach
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"]:
+            return
+        fn = find_implicit(msg["fn"])
+        if fn is not None:
+            self._attach(msg["name"], fn, msg["value"])
+
+
+class _Site:
+    """What the loss keeps of one implicit site: its estimator, and what the last step saw."""
+
+    def __init__(self, estimator: ScoreEstimator) -> None:
+        self.estimator = estimator
+        self.loss: Tensor | None = None
+        self.last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def diagnostics(self) -> dict[str, float]:
+        result = {} if self.loss is None else {"score_loss": float(self.loss)}
+        if self.last is None:
+            return result
+        score, value, samples = self.last
+        centered = value - samples.mean(0)
+        identity = -(score * centered).sum(-1).flatten() / score.shape[-1]
+        result["stein"] = float(identity.mean())
+        if len(identity) > 1:
+            result["stein_error"] = float(identity.std() / len(identity) ** 0.5)
+        result["mean_score"] = float(score.flatten(0, -2).mean(0).norm())
+        result["std"] = float(samples.std(0).mean()) if len(samples) > 1 else float("nan")
+        return result
+
+
+class _ImplicitELBO:
+    """What the three ELBOs share: estimators by site, trained when the guide is traced."""
+
+    def __init__(
+        self,
+        score_estimator: EstimatorFactory = ARDAE,
+        num_score_samples: int | None = None,
+        num_score_updates: int = 1,
+        num_particles: int = 1,
+        *,
+        max_plate_nesting: int | float = float("inf"),
+        vectorize_particles: bool = False,
+        strict_enumeration_warning: bool = True,
+        retain_graph: bool | None = None,
+    ) -> None:
+        if not callable(score_estimator):
+            raise TypeError(
+                "score_estimator: expected a callable (dim, context_dim) -> ScoreEstimator, such as "
+                f"ARDAE or functools.partial(ARDAE, hidden_dim=128), got "
+                f"{type(score_estimator).__name__}."
+            )
+        if num_score_samples is not None and num_score_samples < 2:
+            raise ValueError(f"expected num_score_samples >= 2, got {num_score_samples}.")
+        if num_score_updates < 0:
+            raise ValueError(f"expected num_score_updates >= 0, got {num_score_updates}.")
+        super().__init__(  # type: ignore[call-arg]
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            vectorize_particles=vectorize_particles,
+            strict_enumeration_warning=strict_enumeration_warning,
+            retain_graph=retain_graph,
+        )
+        self.score_estimator = score_estimator
+        self.num_score_samples = num_score_samples
+        self.num_score_updates = num_score_updates
+        self._sites: dict[str, _Site] = {}
+        self._pending: dict[str, dict[str, Any]] = {}
+        self._guide: Any = None
+        self._frozen = False
+        self._learning = False
+        self._attached: list[Implicit] = []
+
+    # ---- what users call -------------------------------------------------------------------------
+
+    @property
+    def estimators(self) -> dict[str, ScoreEstimator]:
+        """The score estimators by site name; empty before the first step."""
+        return {name: site.estimator for name, site in self._sites.items()}
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        r"""How well each implicit site's score was estimated in the last step.
+
+        - ``score_loss``: the estimator's own loss; a weak monitor.
+        - ``stein``: :math:`-E[s(z)^\top (z - \bar z)] / D`, with its standard error ``stein_error``.
+          It is 1 for the true score, and moves first when the estimate goes wrong. Necessary, not
+          sufficient.
+        - ``mean_score``: norm of the mean score over draws and contexts, 0 for the true score up to
+          sampling error.
+        - ``std``: standard deviation of the draws, averaged over contexts and dimensions.
+        """
+        return {name: site.diagnostics() for name, site in self._sites.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers; loads with ``torch.load(…, weights_only=True)``."""
+        state = {
+            name: {
+                "dim": site.estimator.dim,
+                "context_dim": site.estimator.context_dim,
+                "estimator": site.estimator.state_dict(),
+            }
+            for name, site in self._sites.items()
+        }
+        return {**self._pending, **state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the estimators of ``state``; they are built when their sites are next sampled."""
+        self.reset()
+        self._pending = copy.deepcopy(state)  # neither later training nor an optimizer may share it
+
+    def reset(self) -> None:
+        """Forget all estimators, so that another guide can be trained."""
+        self._sites.clear()
+        self._pending.clear()
+        self._guide = None
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within this context the score estimators answer, but do not learn."""
+        before, self._frozen = self._frozen, True
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    # ---- what Pyro calls -------------------------------------------------------------------------
+
+    def __call__(self, model: torch.nn.Module, guide: torch.nn.Module) -> ELBOModule:
+        return _ImplicitELBOModule(model, guide, self)
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """Train the score estimators, then differentiate the loss (the path of ``SVI.step``)."""
+        with self._learn(), poutine.trace(param_only=True) as seen:
+            try:
+                return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
+            except ValueError:  # earlier particles have left their gradients
+                params = [site["value"].unconstrained() for site in seen.trace.nodes.values()]
+                pyro.infer.util.zero_grads(params)
+                raise
+
+    def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+        self._watch(guide)
+        # Messenger.__call__, not functools.wraps: poutine.unwrap() finds a GuideMessenger under it.
+        scored = _ScoreMessenger(self._attach)(guide)
+        try:
+            yield from super()._get_traces(model, scored, args, kwargs)  # type: ignore[misc]
+        finally:  # a guide may keep its distributions: outside the ELBO they have no log_prob
+            while self._attached:
+                self._attached.pop().score = None
+
+    def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
+        with self.frozen():
+            super()._guess_max_plate_nesting(model, guide, args, kwargs)  # type: ignore[misc]
+
+    # ---- the score -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _learn(self) -> Iterator[None]:
+        before, self._learning = self._learning, True
+        try:
+            yield
+        finally:
+            self._learning = before
+
+    def _watch(self, guide: Any) -> None:
+        guide = poutine.unwrap(guide)
+        guide = (getattr(guide, "__self__", None), getattr(guide, "__func__", guide))
+        if self._guide is None:
+            self._guide = guide
+        elif self._guide != guide and self._sites:
+            warnings.warn(
+                f"{type(self).__name__} was trained on another guide, and its score estimators "
+                "describe that one. Use one loss object per guide, or call reset().",
+                stacklevel=2,
+            )
+            self._guide = guide
+
+    def _attach(self, name: str, fn: Implicit, value: Tensor) -> None:
+        """Give ``fn`` its score: draw from it, let the site's estimator learn, and bind it."""
+        dims = len(fn.event_shape)
+        context = None if fn.context is None else fn.context.detach()
+        site = self._site(name, fn, value)
+
+        def flat(z: Tensor) -> Tensor:
+            return z.flatten(-dims) if dims else z.unsqueeze(-1)
+
+        count = self.num_score_samples or max(16, 2048 // max(1, fn.batch_shape.numel()))
+        center = flat(fn.zero_noise()) if site.estimator.needs_center else None
+
+        def draw() -> Tensor:
+            with torch.no_grad(), poutine.block():
+                samples = flat(fn.rsample(torch.Size((count,))))
+            if not torch.isfinite(samples.sum()):
+                raise ValueError(
+                    f"implicit site '{name}': its sampler returned non-finite values. The step was "
+                    "refused and no parameter changed. Lower the learning rate, clip gradients, or "
+                    "check the data for NaN."
+                )
+            return samples
+
+        samples = draw()
+        if self._learning and not self._frozen:
+            for update in range(self.num_score_updates):
+                samples = draw() if update else samples
+                site.loss = site.estimator.update(samples, context, center=center)
+
+        def score(_: Implicit, at: Tensor) -> Tensor:
+            shape = at.shape  # a transform may give the site's value another one
+            at = flat(at)
+            batch = samples.shape[1:]
+            with torch.no_grad():
+                at = at.reshape((-1, *batch))
+                result = site.estimator(at, samples, context, center=center).detach()
+            site.last = (result, at, samples)
+            return result.reshape(shape)
+
+        fn.score = score
+        self._attached.append(fn)
+
+    def _site(self, name: str, fn: Implicit, like: Tensor) -> _Site:
+        """The estimator of a site, built when the site is first met."""
+        dim = max(1, fn.event_shape.numel())
+        width = 0 if fn.context is None else fn.context.shape[-1]
+        site = self._sites.get(name)
+        if site is None:
+            devices = [like.device] if like.device.type == "cuda" else []
+            with torch.random.fork_rng(devices):  # building must not shift the guide's noise
+                estimator = self.score_estimator(dim, width)
+            site = _Site(estimator.to(like.device, like.dtype))
+            if name in self._pending:
+                state = self._pending[name]
+                self._check(name, state["dim"], state["context_dim"], dim, width)
+                site.estimator.load_state_dict(state["estimator"])
+                del self._pending[name]
+            self._sites[name] = site
+        self._check(name, site.estimator.dim, site.estimator.context_dim, dim, width)
+        return site
+
+    def _check(self, name: str, dim: int, width: int, new_dim: int, new_width: int) -> None:
+        if (dim, width) != (new_dim, new_width):
+            raise ValueError(
+                f"implicit site '{name}': this loss object was built for an event of size {dim} and "
+                f"a context of size {width}, got {new_dim} and {new_width}. Use one loss object per "
+                "guide, or call reset()."
+            )
+
+
+class _ImplicitELBOModule(ELBOModule):
+    """Loss of a fixed model and guide; trains the score estimators in train mode.
+
+    Its parameters are the model's and the guide's; estimators travel as extra state.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            with self.elbo._learn():
+                return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.elbo.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.elbo.load_state_dict(state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for estimator in self.elbo.estimators.values():
+            estimator._apply(fn)
+        return super()._apply(fn, recurse)
+
+
+class TraceImplicit_ELBO(_ImplicitELBO, Trace_ELBO):
+    """:class:`pyro.infer.Trace_ELBO` for guides with implicit sites: swap it in.
+
+    Example::
+
+        >>> svi = pyro.infer.SVI(model, guide, optim, loss=TraceImplicit_ELBO())  # doctest: +SKIP
+
+    Guides without implicit sites train as with Pyro's own loss. The value of the loss lacks the
+    entropies of the implicit sites: it is **no bound**, can't be compared between guides, and can
+    fall while a guide collapses; log it as "loss", never as ELBO.
+
+    :param score_estimator: ``(dim, context_dim) -> ScoreEstimator``, called once per implicit site.
+    :param num_score_samples: draws per context and step by which the score is learned, >= 2. By
+        default 2048 over the number of contexts, but at least 16.
+    :param num_score_updates: calls of ``estimator.update`` per step, each on fresh draws; 0 for an
+        estimator that is trained elsewhere.
+    :param num_particles: draws of the guide per step, as in Pyro.
+    :param max_plate_nesting: as in Pyro.
+    :param vectorize_particles: as in Pyro.
+    :param strict_enumeration_warning: as in Pyro.
+    :param retain_graph: as in Pyro.
+    :raises TypeError: if ``score_estimator`` is not callable.
+    :raises ValueError: for counts out of range; in a step, for non-finite draws of a site and for a
+        second guide whose sites have other sizes.
+
+    Reference: Lim, Courville, Pal, Huang, "AR-DAE: Towards Unbiased Neural Entropy Gradient
+    Estimation", ICML 2020, eq. 3 (entropy gradient) and eq. 8 (score estimate).
+    """
+
+
+class TraceImplicitMeanField_ELBO(_ImplicitELBO, TraceMeanField_ELBO):
+    """:class:`pyro.infer.TraceMeanField_ELBO` for guides with implicit sites.
+
+    Explicit sites get their closed-form KL terms, implicit ones the estimated score. Parameters,
+    errors and the meaning of the loss are those of :class:`TraceImplicit_ELBO`.
+    """
+
+
+class TraceImplicitEnum_ELBO(_ImplicitELBO, TraceEnum_ELBO):
+    """:class:`pyro.infer.TraceEnum_ELBO` for guides with implicit sites.
+
+    Enumerated discrete sites of the model are summed out. Parameters, errors and the meaning of the
+    loss are those of :class:`TraceImplicit_ELBO`.
+    """

@@ -1,0 +1,208 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Implicit distributions: sampled by reparameterization, without a density."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from jaxtyping import Float
+from pyro.distributions import TorchDistribution
+from pyro.distributions.util import broadcast_shape
+from torch import Size, Tensor
+from torch.distributions import Distribution, constraints
+
+__all__ = ["Implicit", "find_implicit"]
+
+Sampler = Callable[..., Tensor]
+ScoreFunction = Callable[["Implicit", Tensor], Tensor]
+
+
+class Implicit(TorchDistribution):
+    r"""Distribution of :math:`z = g(\varepsilon, c)`: noise pushed through a sampler, with no density.
+
+    Draws are reparameterized, so gradients flow from a value into the sampler, the context and the
+    parameters of the noise. :meth:`log_prob` exists only inside the ELBOs of this package. There it
+    returns the surrogate :math:`s^\top z - \mathrm{stop}(s^\top z)` with
+    :math:`s = \mathrm{stop}(\nabla_z \log q(z \mid c))`: its value is 0 and its gradient is the
+    path gradient of :math:`\log q`, so Pyro scales, masks, broadcasts and sums it as any log density.
+
+    .. warning:: ``context`` must hold everything that z depends on besides its own noise: the data,
+        and every other random variable that the sampler reads. What is left out of it is averaged
+        over, and the estimated score is then that of another distribution.
+
+    Example::
+
+        >>> net = torch.nn.Linear(3 + 5, 2)
+        >>> q = Implicit(lambda eps, c: net(torch.cat([eps, c], -1)), 3, torch.randn(7, 5), (2,))
+        >>> q.batch_shape, q.event_shape, q.rsample((4,)).shape
+        (torch.Size([7]), torch.Size([2]), torch.Size([4, 7, 2]))
+
+    :param sampler: ``sampler(noise, context)``, or ``sampler(noise)`` without context. Maps noise
+        ``[*sample, *batch, *noise_event]`` and context ``[*sample, *batch, C]`` to
+        ``[*sample, *batch, *event_shape]``. Rows must not influence each other (no batch norm).
+    :param noise: an ``int`` (standard normal of that size) or a reparameterized distribution; a
+        hierarchical guide puts its auxiliary variable here.
+    :param context: ``[*batch, C]``, or ``None`` for an unconditional distribution.
+    :param event_shape: shape of one draw; that of the noise if left out.
+    :raises TypeError: if the sampler is not callable or the noise is not reparameterized.
+    :raises ValueError: if shapes do not fit each other.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_rsample = True
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        noise: int | Distribution,
+        context: Float[Tensor, "*batch C"] | None = None,
+        event_shape: Size | tuple[int, ...] | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not callable(sampler):
+            raise TypeError(
+                f"Implicit: expected `sampler` to be a callable of (noise, context), got "
+                f"{type(sampler).__name__}."
+            )
+        if context is not None and (not isinstance(context, Tensor) or context.dim() == 0):
+            got = "a scalar tensor" if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(
+                f"Implicit: expected `context` to be a tensor [*batch, C], got {got}. Concatenate "
+                "all that z depends on along the last dimension."
+            )
+        noise = _noise_distribution(noise, context)
+        event_shape = noise.event_shape if event_shape is None else Size(event_shape)
+        batch_shape = noise.batch_shape
+        if context is not None:
+            try:
+                batch_shape = broadcast_shape(noise.batch_shape, context.shape[:-1])
+            except ValueError as error:
+                raise ValueError(
+                    f"Implicit: batch shape {tuple(noise.batch_shape)} of the noise does not "
+                    f"broadcast with {tuple(context.shape[:-1])} of the context {tuple(context.shape)}."
+                ) from error
+        self._set(sampler, noise, context, None, Size(batch_shape), event_shape)
+
+    def _set(
+        self,
+        sampler: Sampler,
+        noise: Distribution,
+        context: Tensor | None,
+        score: ScoreFunction | None,
+        batch_shape: Size,
+        event_shape: Size,
+    ) -> None:
+        self.sampler = sampler
+        self.noise = noise.expand(batch_shape)
+        self.context = None if context is None else context.expand(batch_shape + context.shape[-1:])
+        self.score = score
+        super().__init__(batch_shape, event_shape, validate_args=False)
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> constraints.Constraint:
+        """The reals; wrap in a ``TransformedDistribution`` for another support."""
+        dims = len(self.event_shape)
+        return constraints.independent(constraints.real, dims) if dims else constraints.real
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Implicit:
+        """Expand noise and context to ``batch_shape``: new rows get noise of their own."""
+        new: Implicit = type(self).__new__(type(self))
+        shape = Size(batch_shape)
+        new._set(self.sampler, self.noise, self.context, self.score, shape, self.event_shape)
+        return new
+
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+        """Draw ``[*sample_shape, *batch, *event]``, differentiable.
+
+        :raises ValueError: if the sampler returns another shape.
+        """
+        sample_shape = Size(sample_shape)
+        return self._push(self.noise.rsample(sample_shape), sample_shape)
+
+    def sample(self, sample_shape: Any = Size()) -> Tensor:
+        """Draw ``[*sample_shape, *batch, *event]`` without a graph."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def zero_noise(self) -> Tensor:
+        """The sampler's output ``[*batch, *event]`` for noise 0, by which the paper centers z."""
+        with torch.no_grad():
+            shape = self.batch_shape + self.noise.event_shape
+            return self._push(self.noise.sample().new_zeros(shape), Size())
+
+    def _push(self, noise: Tensor, sample_shape: Size) -> Tensor:
+        if self.context is None:
+            value = self.sampler(noise)
+        else:
+            value = self.sampler(noise, self.context.expand(sample_shape + self.context.shape))
+        expected = sample_shape + self.batch_shape + self.event_shape
+        if value.shape != expected:
+            raise ValueError(
+                f"Implicit: expected the sampler to return shape {tuple(expected)} (sample, batch, "
+                f"event), got {tuple(value.shape)} from noise {tuple(noise.shape)}. Pass event_shape=… "
+                "if a draw's shape is not that of its noise."
+            )
+        return value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Inside an ELBO of this package, 0 with the gradient of log q; an error elsewhere.
+
+        :raises NotImplementedError: where no score is attached.
+        """
+        if self.score is None:
+            raise NotImplementedError(
+                "An Implicit distribution has no density: log_prob() exists only inside "
+                "TraceImplicit_ELBO and its variants, which supply its gradient. Train with "
+                "SVI(model, guide, optim, loss=TraceImplicit_ELBO()); losses and diagnostics that "
+                "need the value of log q (Trace_ELBO, RenyiELBO, Importance, …) cannot be used."
+            )
+        surrogate = self.score(self, value.detach()) * value
+        if self.event_shape:
+            surrogate = surrogate.flatten(-len(self.event_shape)).sum(-1)
+        return surrogate - surrogate.detach()
+
+    def entropy(self) -> Tensor:
+        """Not available.
+
+        :raises NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "An Implicit distribution has no tractable entropy; its gradient is what the ELBOs of "
+            "this package estimate."
+        )
+
+
+def find_implicit(fn: Any) -> Implicit | None:
+    """The :class:`Implicit` under ``Independent``, ``TransformedDistribution`` and other wrappers."""
+    while not isinstance(fn, Implicit):
+        if not hasattr(fn, "base_dist"):
+            return None
+        fn = fn.base_dist
+    return fn
+
+
+def _noise_distribution(noise: int | Distribution, context: Tensor | None) -> Distribution:
+    if isinstance(noise, int) and not isinstance(noise, bool):
+        if noise < 1:
+            raise ValueError(f"Implicit: expected noise of size >= 1, got {noise}.")
+        like = torch.zeros(()) if context is None else context
+        return dist.Normal(
+            like.new_zeros(noise), like.new_ones(noise), validate_args=False
+        ).to_event(1)
+    if not isinstance(noise, Distribution):
+        raise TypeError(
+            f"Implicit: expected `noise` to be an int or a reparameterized distribution, got "
+            f"{type(noise).__name__}."
+        )
+    if not noise.has_rsample:
+        raise TypeError(
+            f"Implicit: expected reparameterized noise, got {type(noise).__name__}, which has no "
+            "rsample(). Use a Normal, or make the discrete variable a site of its own."
+        )
+    return noise

@@ -1,0 +1,60 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What estimators with a network share: an optimizer of their own, and a state that resumes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+
+from pyro_ardae.score.estimator import ScoreEstimator
+
+__all__ = ["TrainedEstimator"]
+
+
+class TrainedEstimator(ScoreEstimator):
+    """Score estimator whose parameters are learned by gradient steps.
+
+    :param dim: dimensions of z.
+    :param context_dim: dimensions of the context; 0 for none.
+    """
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__(dim, context_dim)
+        self.steps = 0
+        self.updates = 0
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    @abstractmethod
+    def _build_optimizer(self) -> torch.optim.Optimizer: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Built at its first use, when device and dtype are known."""
+        if self._optimizer is None:
+            self._optimizer = self._build_optimizer()
+        return self._optimizer
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Counters and optimizer, so that a resumed run continues bit for bit."""
+        return {
+            "steps": self.steps,
+            "updates": self.updates,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`get_extra_state` gave."""
+        self.steps, self.updates = state["steps"], state["updates"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self._optimizer is not None:  # its state follows the parameters to their device
+            for state in self._optimizer.state.values():
+                for key, entry in state.items():
+                    state[key] = fn(entry) if key != "step" else entry
+        return self

@@ -1,0 +1,224 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Coordinates in which every q(z | c) has mean about 0 and covariance about I."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Frame", "Mode", "Whitening"]
+
+Mode = Literal["pooled", "full", "diagonal", "none"]
+
+
+class Frame(NamedTuple):
+    r"""Affine frame :math:`w = A (z - m)` per context, from draws other than those it whitens."""
+
+    mean: Tensor
+    """``[..., 1, B, D]``"""
+    scale: Tensor
+    """``[..., 1, B, D]``, the scales that the network sees."""
+    unmix: Tensor
+    r"""U of :math:`A = U \mathrm{diag}(1 / scale)`: ``[D, D]``, or ``[..., B, D, D]`` per context."""
+    variance: float
+    """Variance of w when q is Gaussian and the frame comes from few draws."""
+
+    def whiten(self, z: Tensor) -> Tensor:
+        """``z [..., n, B, D]`` in whitened coordinates."""
+        x = (z - self.mean) / self.scale
+        if self.unmix.dim() == 2:
+            return x @ self.unmix.mT
+        return torch.einsum("...nbi,...bji->...nbj", x, self.unmix)
+
+    def pull_back(self, score: Tensor) -> Tensor:
+        """A score in w as one in z, ``[..., n, B, D]``."""
+        if self.unmix.dim() == 2:
+            return (score @ self.unmix) / self.scale
+        return torch.einsum("...nbj,...bji->...nbi", score, self.unmix) / self.scale
+
+    def log_abs_det(self) -> Tensor:
+        """``[..., B]``: log |det A|."""
+        return torch.linalg.slogdet(self.unmix)[1] - self.scale.log().sum(-1).squeeze(-2)
+
+    def features(self) -> Tensor:
+        """``[..., B, 2 D]``: what the network is told of the frame."""
+        return torch.cat([self.mean, self.scale.log()], -1).squeeze(-3)
+
+
+class Whitening(nn.Module):
+    r"""Estimate frames from samples, and keep what is pooled over contexts and updates.
+
+    - ``"pooled"``: mean and scale per context, times the inverse root of the correlation pooled over
+      contexts and updates. A full Cholesky factor of few draws is noisy, a diagonal one lets thin
+      correlated directions collapse; the pooled correlation does neither. Its eigenvalues within
+      ``[low, high]`` are left alone and the others brought to that border.
+    - ``"full"``: mean and Cholesky factor per context. Needs at least 2 D draws, else ``"diagonal"``
+      is used, with one warning.
+    - ``"diagonal"``: mean and scale per context.
+    - ``"none"``: z itself.
+
+    Without context all rows are draws of one q: mean and covariance are then pooled over rows and
+    updates, and whitened in full unless the mode says otherwise.
+
+    :param dim: dimensions D of z.
+    :param conditional: whether there is a context.
+    :param mode: see above.
+    :param pooled_draws: draws over which pooled statistics effectively average, >= 1.
+    :param low: lowest eigenvalue of the pooled correlation that is left alone, in (0, 1].
+    :param high: highest one, >= 1.
+    """
+
+    pooled_mean: Tensor
+    pooled_cov: Tensor
+    pooled_corr: Tensor
+    unmix: Tensor
+    pools: Tensor
+    fell_back: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        conditional: bool,
+        *,
+        mode: Mode = "pooled",
+        pooled_draws: int = 16_384,
+        low: float = 0.2,
+        high: float = 3.0,
+    ) -> None:
+        super().__init__()
+        if mode not in ("pooled", "full", "diagonal", "none"):
+            raise ValueError(
+                f"whitening: expected 'pooled', 'full', 'diagonal' or 'none', got {mode!r}."
+            )
+        self.dim, self.conditional, self.mode = dim, conditional, mode
+        self.pooled_draws, self.low, self.high = pooled_draws, low, high
+        self._warned = False
+        self.register_buffer("pooled_mean", torch.zeros(dim))
+        self.register_buffer("pooled_cov", torch.eye(dim))
+        self.register_buffer("pooled_corr", torch.eye(dim))
+        self.register_buffer("unmix", torch.eye(dim))
+        self.register_buffer("pools", torch.zeros((), dtype=torch.long))
+        self.register_buffer("fell_back", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def held_out(self, folds: Tensor) -> Frame:
+        """Frames ``[F, …]`` of ``folds [F, n, B, D]``, each from the draws of the other folds."""
+        count, n, rows, _ = folds.shape
+        if self._from_pool:
+            if self.pools == 0:
+                self.pool(folds)
+            return self._pooled_frame((count, 1, rows))
+        rest = n * (count - 1)
+        center = folds.mean((0, 1))
+        centered = folds - center
+        first = centered.sum(1, keepdim=True)
+        mean = (first.sum(0, keepdim=True) - first) / rest
+        full = self._is_full(rest)
+        self.fell_back.fill_(self.mode == "full" and not full)
+        if full:
+            second = torch.einsum("fnbi,fnbj->fbij", centered, centered)
+            outer = mean.squeeze(1).unsqueeze(-1) * mean.squeeze(1).unsqueeze(-2)
+            cov = (second.sum(0, keepdim=True) - second) / rest - outer
+            return self._full_frame(mean + center, cov * rest / (rest - 1), rest)
+        square = centered.square().sum(1, keepdim=True)
+        variance = (square.sum(0, keepdim=True) - square) / rest - mean.square()
+        return self._scaled_frame(mean + center, variance * rest / (rest - 1), rest)
+
+    @torch.no_grad()
+    def frame(self, samples: Tensor) -> Frame:
+        """Frames from ``samples [S, B, D]``, for values that are not among them."""
+        count, rows, _ = samples.shape
+        if self._from_pool:
+            return self._pooled_frame((1, rows))
+        mean = samples.mean(0, keepdim=True)
+        centered = samples - mean
+        # One rule in training and query: a query has more draws than a fold in training.
+        if self._is_full(count) and not self.fell_back:
+            cov = torch.einsum("sbi,sbj->bij", centered, centered) / (count - 1)
+            return self._full_frame(mean, cov, count)
+        variance = centered.square().sum(0, keepdim=True) / (count - 1)
+        return self._scaled_frame(mean, variance, count)
+
+    @torch.no_grad()
+    def pool(self, folds: Tensor) -> None:
+        """Move the pooled statistics towards those of ``folds [F, n, B, D]``."""
+        draws = folds.shape[:-1].numel()
+        rate = max(min(1.0, draws / self.pooled_draws), 1.0 / (1.0 + float(self.pools)))
+        if self.conditional:
+            if self.mode != "pooled":
+                return
+            centered = folds.flatten(0, 1)
+            centered = centered - centered.mean(0)
+            scaled = centered / centered.square().sum(0).clamp_min(1e-30).sqrt()
+            flat = scaled.reshape(-1, self.dim)
+            self.pooled_corr.lerp_(flat.mT @ flat / folds.shape[2], rate)
+        else:
+            flat = folds.reshape(-1, self.dim)
+            mean = flat.mean(0)
+            centered = flat - (mean if self.pools == 0 else self.pooled_mean)
+            self.pooled_cov.lerp_(centered.mT @ centered / draws, rate)
+            self.pooled_mean.lerp_(mean, rate)
+            scale = self.pooled_cov.diagonal().clamp_min(1e-30).sqrt()
+            self.pooled_corr.copy_(self.pooled_cov / (scale.unsqueeze(-1) * scale))
+        self.pools += 1
+        if self.mode == "pooled" or (self.mode == "full" and not self.conditional):
+            self._refresh_unmix(draws / rate)
+
+    def _refresh_unmix(self, draws: float) -> None:
+        eye = torch.eye(self.dim, dtype=self.pooled_corr.dtype, device=self.pooled_corr.device)
+        shrink = (self.dim / (self.dim + draws)) ** 2  # of full rank from the first update on
+        values, vectors = torch.linalg.eigh((1 - shrink) * self.pooled_corr + shrink * eye)
+        values = values.clamp_min(1e-6)
+        if self.conditional:
+            one = torch.ones_like(values)
+            values = (values / self.low).minimum(one) * (values / self.high).maximum(one)
+        self.unmix.copy_((vectors * values.rsqrt()) @ vectors.mT)
+
+    @property
+    def _from_pool(self) -> bool:
+        return not self.conditional and self.mode != "none"
+
+    def _is_full(self, draws: int) -> bool:
+        if self.mode != "full":
+            return False
+        if draws >= 2 * self.dim:
+            return True
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"full whitening of {self.dim} dimensions needs at least {2 * self.dim} draws per "
+                f"context besides those it whitens, got {draws}: whitening is diagonal. Raise "
+                "num_score_samples, or use whitening='pooled'.",
+                stacklevel=2,
+            )
+        return False
+
+    def _pooled_frame(self, batch: tuple[int, ...]) -> Frame:
+        shape = (*batch, self.dim)
+        scale = self.pooled_cov.diagonal().clamp_min(1e-30).sqrt()
+        return Frame(self.pooled_mean.expand(shape), scale.expand(shape), self.unmix, 1.0)
+
+    def _scaled_frame(self, mean: Tensor, variance: Tensor, draws: int) -> Frame:
+        if self.mode == "none":
+            return Frame(torch.zeros_like(mean), torch.ones_like(mean), self.unmix, 1.0)
+        return Frame(mean, variance.clamp_min(1e-20).sqrt(), self.unmix, _spread(draws, 1))
+
+    def _full_frame(self, mean: Tensor, cov: Tensor, draws: int) -> Frame:
+        scale = cov.diagonal(dim1=-2, dim2=-1).clamp_min(1e-20).sqrt()
+        corr = cov / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+        eye = torch.eye(self.dim, dtype=cov.dtype, device=cov.device)
+        factor = torch.linalg.cholesky(corr + 1e-5 * eye)
+        unmix = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+        return Frame(mean, scale.unsqueeze(-3), unmix, _spread(draws, self.dim))
+
+
+def _spread(draws: int, dim: int) -> float:
+    """Variance of a Gaussian draw whitened with moments of ``draws`` others (a Student-t's)."""
+    if draws < dim + 3:
+        return 1.0
+    return (draws - 1) / (draws - dim - 2) * (1 + 1 / draws)

@@ -1,0 +1,52 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyro
+import pytest
+
+from inference.data import CACHE_NAME, make_sample
+
+ROOT = Path(__file__).parents[2]
+
+#: Options that make a run tiny.
+TINY = (
+    *("--batch-size", "16", "--valid-points", "8", "--valid-samples", "4", "--test-points", "8"),
+    *("--test-samples", "4", "--guide-samples", "64", "--threads", "1", "--precision", "fp32"),
+)
+
+Program = Callable[..., None]
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Program:
+    """Runs a program in this process: ``program("vae", "25gaussians-implicit", ...)``."""
+
+    def run(name: str, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        pyro.clear_param_store()
+        importlib.import_module(f"inference.{name}").main()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def sample_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with a small made sample in place of MNIST."""
+    return make_sample(tmp_path_factory.mktemp("data")).parent
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """The directory of the real data; skips where there is none."""
+    for directory in (os.environ.get("PYRO_ARDAE_DATA"), ROOT.parent / "shared" / "data"):
+        if directory and (Path(directory) / CACHE_NAME).exists():
+            return Path(directory)
+    pytest.skip(f"no {CACHE_NAME}: set PYRO_ARDAE_DATA to test with the real data")

@@ -1,0 +1,183 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The programs as a user runs them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference.presets import PRESETS
+from tests.inference.conftest import ROOT, TINY, Program
+
+
+@pytest.mark.parametrize("name", ["vae", "evaluate", "demo", "bench"])
+def test_help(name: str, program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        program(name, "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"python -m inference.{name}" in shown
+    if name == "vae":
+        assert all(preset in shown for preset in PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_steps_and_evaluation_again(
+    preset: str,
+    program: Program,
+    sample_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    program("vae", preset, *TINY, "--steps", 2, "--data-dir", sample_dir, "--out", run)
+    shown = capsys.readouterr().out
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert files > {
+        *("config.json", "command.txt", "versions.json", "metrics.csv", "results.json"),
+        *("checkpoints/latest.pt", "checkpoints/best.pt", "figures/model.png"),
+    }
+    assert any(name.startswith("tensorboard/events") for name in files)
+    with (run / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["step"] == "2"
+    assert float(row["valid_log_px"]) < 0
+    assert (row["stein"] != "") == preset.endswith("implicit")
+    results = json.loads((run / "results.json").read_text())
+    assert results["test_points"] == 8
+    assert results["test_samples"] == 4
+
+    # The same seed and numbers of samples give the same lines.
+    program("evaluate", run)
+    again = capsys.readouterr().out
+    assert "test log p(x)" in again
+    assert all(line in shown for line in again.splitlines() if not line.startswith("note:"))
+    program("evaluate", run, "--seed", 1)
+    assert capsys.readouterr().out != again
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("25gaussians-gaussian", ("--beta-start", 0.1, "--beta-steps", 1000, "--clip-norm", 1.0)),
+        ("sbmnist-mlp-implicit", ()),
+    ],
+)
+def test_resume_after_sigkill_bit_for_bit(
+    preset: str, options: tuple[object, ...], program: Program, sample_dir: Path, tmp_path: Path
+) -> None:
+    arguments = [preset, *TINY, *options, "--data-dir", sample_dir, "--valid-every", 1_000_000]
+    arguments += ["--checkpoint-every", 5]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "inference.vae", *map(str, arguments)]
+    command += ["--steps", "1000000", "--out", str(killed)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
+        latest = killed / "checkpoints" / "latest.pt"
+        deadline = time.monotonic() + 60
+        while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    steps = torch.load(latest, weights_only=True)["steps_done"] + 7
+
+    program("vae", *arguments, "--steps", steps, "--out", whole)
+    program("vae", *arguments, "--steps", steps, "--resume", killed)
+    states = [
+        torch.load(run / "checkpoints" / "latest.pt", weights_only=True) for run in (killed, whole)
+    ]
+    for state in states:
+        state.pop("seconds")
+    _assert_equal(*states)
+    assert len((killed / "command.txt").read_text().splitlines()) == 2
+
+
+def _assert_equal(one: object, other: object, path: str = "state") -> None:
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor), path
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert isinstance(other, dict), path
+        assert one.keys() == other.keys(), path
+        for key in one:
+            _assert_equal(one[key], other[key], f"{path}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        assert isinstance(other, list | tuple), path
+        assert len(one) == len(other), path
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            _assert_equal(left, right, f"{path}[{index}]")
+    else:
+        assert one == other, path
+
+
+def test_budget_stops_training(program: Program, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    program("vae", "25gaussians-gaussian", *TINY, "--budget-seconds", 0.05, "--out", run)
+    assert json.loads((run / "results.json").read_text())["steps"] < 10_000
+
+
+def test_demo(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--test-points", 8, "--test-samples", 4)
+    program("demo", "--budget-seconds", 0.05, *small, "--out", tmp_path / "demo")
+    shown = capsys.readouterr().out
+    assert "implicit" in shown
+    assert "gaussian" in shown
+    assert "-3.754" in shown
+    assert (tmp_path / "demo" / "comparison.png").stat().st_size > 10_000
+
+
+def test_bench_step(program: Program, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    program("bench", "step", "--steps", 2, "--warmup", 1, "--memory-steps", 1, "--json", path)
+    figures = json.loads(path.read_text())
+    assert figures["ms"].keys() == {"explicit", "implicit"}
+    assert figures["ratio"] > 0
+    assert figures["gemm_gflops"].keys() == {"fp32", "bf16"}
+    assert all(peak["total"] > peak["above_imports"] for peak in figures["peak_memory_mb"].values())
+
+
+def test_errors_end_in_one_line(
+    program: Program, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    toy = ("vae", "25gaussians-gaussian", *TINY, "--steps", 1)
+    program(*toy, "--out", run)
+    damaged = tmp_path / "damaged"
+    program(*toy, "--out", damaged)
+    (damaged / "checkpoints" / "latest.pt").write_bytes(b"cut short")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "binarized_mnist.npz").write_bytes(b"nothing")
+    mnist = ("vae", "sbmnist-mlp-gaussian", *TINY, "--steps", 1, "--out", tmp_path / "never")
+    bench = ("bench", "step", "--steps", 1, "--warmup", 0, "--memory-steps", 0)
+    table: list[tuple[tuple[object, ...], str]] = [
+        (("vae", "30gaussians"), "30gaussians"),
+        ((*toy, "--out", tmp_path / "file" / "run"), "expected a writable folder"),
+        ((*toy, "--out", run), "expected a new run folder, found a run"),
+        ((*toy, "--resume", tmp_path / "none"), "expected a run folder, found none"),
+        ((*toy, "--resume", run, "--seed", 5), "seed is 0 in the run, 5 here"),
+        ((*toy, "--resume", damaged), "latest.pt: expected a checkpoint"),
+        ((*mnist, "--data-dir", tmp_path / "bad"), "expected a readable npz file"),
+        (("evaluate", tmp_path / "none"), "expected a run folder, found none"),
+        ((*bench, "--json", tmp_path / "file" / "x.json"), "expected a writable file"),
+    ]
+    capsys.readouterr()
+    for arguments, message in table:
+        with pytest.raises(SystemExit) as stopped:
+            program(*arguments)
+        shown = capsys.readouterr()
+        assert stopped.value.code == 2, arguments
+        assert message in shown.err + shown.out, arguments
+        assert "Traceback" not in shown.err, arguments
+    assert not (tmp_path / "never").exists()

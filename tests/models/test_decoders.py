@@ -1,0 +1,75 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from models import toy
+from models.mnist import BernoulliDecoder, LogitBernoulli
+from models.networks import ELU, MLP
+
+
+def test_toy_density_integrates_to_one_and_has_the_stated_entropy() -> None:
+    axis = torch.linspace(-7, 7, 1401)
+    log_prob = toy.log_prob(torch.cartesian_prod(axis, axis))
+    cell = (axis[1] - axis[0]).item() ** 2
+    assert (log_prob.exp().sum() * cell).item() == pytest.approx(1, abs=1e-4)
+    expected = (log_prob.exp() * log_prob).sum().item() * cell
+    assert expected == pytest.approx(toy.EXPECTED_LOG_PROB, abs=5e-4)
+
+
+def test_toy_samples_follow_the_density() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_prob = toy.log_prob(toy.sample(20_000, generator=generator))
+    # Standard deviation of log p is 1: 4.4 standard errors, failure rate 1e-5.
+    assert log_prob.mean().item() == pytest.approx(toy.EXPECTED_LOG_PROB, abs=4.4 / math.sqrt(2e4))
+    assert toy.modes().shape == (25, 2)
+
+
+def test_logit_bernoulli_equals_torch() -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(5, 7, dtype=torch.double) * 20).requires_grad_()
+    value = torch.bernoulli(torch.full((3, 5, 7), 0.5, dtype=torch.double))
+    ours = LogitBernoulli(logits=logits).log_prob(value)
+    theirs = dist.Bernoulli(logits=logits).log_prob(value)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, logits, weight), torch.autograd.grad(theirs, logits, weight)
+    )
+
+
+def test_elu_equals_torch() -> None:
+    value = torch.linspace(-30, 30, 1001, dtype=torch.double, requires_grad=True)
+    ours, theirs = ELU()(value), torch.nn.functional.elu(value)
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(out.sum(), value)[0] for out in (ours, theirs)]
+    torch.testing.assert_close(*grads)
+
+
+def test_lower_precision_returns_the_parameters_dtype() -> None:
+    torch.manual_seed(0)
+    net = MLP((8, 16, 4), compute_dtype=torch.bfloat16)
+    value = torch.randn(32, 8)
+    low = net(value)
+    net.compute_dtype = None
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, net(value), atol=0.02, rtol=0.02)
+    assert not torch.equal(low, net(value))
+
+
+def test_decoders() -> None:
+    pixels = BernoulliDecoder(4)(torch.randn(3, 2, 4))
+    assert (pixels.batch_shape, pixels.event_shape) == ((3, 2), (784,))
+    points = toy.NormalDecoder()(torch.randn(3, 2, 2))
+    assert (points.batch_shape, points.event_shape) == ((3, 2), (2,))
+
+
+def test_an_mlp_needs_two_sizes() -> None:
+    with pytest.raises(ValueError, match=r"an input and an output width at least, got \(3,\)"):
+        MLP((3,))

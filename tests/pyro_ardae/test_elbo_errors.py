@@ -1,0 +1,311 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""One row per error: its type, and the words that tell what to do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import (
+    SVI,
+    Importance,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
+from torch import Tensor
+
+from pyro_ardae import ARDAE, Implicit, TraceImplicit_ELBO, TraceImplicitEnum_ELBO
+from pyro_ardae.score import DAE, PaperARDAE
+
+SMALL = partial(ARDAE, hidden_dim=8, depth=1)
+ROWS, DIM = 4, 2
+
+
+def model(dim: int = DIM, rows: int = ROWS) -> None:
+    with pyro.plate("rows", rows):
+        pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
+
+
+def guide(
+    dim: int = DIM, rows: int = ROWS, width: int = 3, spoil: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    weight = pyro.param("weight", torch.full((width, dim), 0.1))
+    scale = pyro.param("scale", torch.ones(dim))
+    context = torch.linspace(-1, 1, rows * width).reshape(rows, width)
+
+    def sampler(eps: Tensor, c: Tensor) -> Tensor:
+        z = c @ weight + scale * eps
+        return z if spoil is None else spoil(z)
+
+    with pyro.plate("rows", rows):
+        pyro.sample("z", Implicit(sampler, dim, context))
+
+
+def other_guide(dim: int = DIM, rows: int = ROWS, width: int = 3) -> None:
+    guide(dim, rows, width)
+
+
+def optimizer() -> pyro.optim.PyroOptim:
+    return pyro.optim.Adam({"lr": 1e-2})
+
+
+# ---- losses that need log q --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Trace_ELBO(),
+        TraceMeanField_ELBO(),
+        TraceGraph_ELBO(),
+        TraceEnum_ELBO(max_plate_nesting=1, strict_enumeration_warning=False),
+        RenyiELBO(num_particles=2),
+        ReweightedWakeSleep(num_particles=2, insomnia=0.0, model_has_params=False),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+@pytest.mark.parametrize("call", ["loss_and_grads", "loss"])
+def test_losses_that_need_the_density(loss: Any, call: str) -> None:
+    with pytest.raises(NotImplementedError, match=r"no density.*loss=TraceImplicit_ELBO\(\)"):
+        getattr(loss, call)(model, guide)
+
+
+def test_importance_sampling_needs_the_density() -> None:
+    with pytest.raises(NotImplementedError, match=r"no density.*Importance"):
+        Importance(model, guide, num_samples=2).run()
+
+
+def test_psis_diagnostic_needs_the_density() -> None:
+    with pytest.raises(NotImplementedError, match="no density"):
+        pyro.infer.importance.psis_diagnostic(model, guide, num_particles=4)
+
+
+# ---- the table ---------------------------------------------------------------------------------------
+
+EPS = torch.zeros(5, 3)
+ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "sampler": (lambda: Implicit(3, 2), TypeError, "`sampler` to be a callable.*got int"),
+    "noise of size 0": (lambda: Implicit(lambda e: e, 0), ValueError, "size >= 1, got 0"),
+    "noise of a wrong type": (lambda: Implicit(lambda e: e, 2.5), TypeError, "int or a reparam.*float"),
+    "noise that is a flag": (lambda: Implicit(lambda e: e, True), TypeError, "int or a reparam.*bool"),
+    "noise without rsample": (
+        lambda: Implicit(lambda e: e, dist.Poisson(torch.ones(2)).to_event(1)),
+        TypeError,
+        "reparameterized noise",
+    ),
+    "context that is a list": (
+        lambda: Implicit(lambda e, c: e, 2, [1.0]), ValueError, "tensor.*got list.*Concatenate",
+    ),
+    "context that is a scalar": (
+        lambda: Implicit(lambda e, c: e, 2, torch.tensor(1.0)), ValueError, "got a scalar tensor",
+    ),
+    "noise and context do not broadcast": (
+        lambda: Implicit(lambda e, c: e, dist.Normal(torch.zeros(4, 2), 1.0).to_event(1), EPS),
+        ValueError,
+        r"\(4,\) of the noise does not broadcast with \(5,\)",
+    ),
+    "sampler returns another event shape": (
+        lambda: Implicit(lambda e, c: e, 2, EPS, (3,)).rsample(),
+        ValueError,
+        r"return shape \(5, 3\).*got \(5, 2\).*event_shape",
+    ),
+    "sampler returns another batch shape": (
+        lambda: Implicit(lambda e, c: e[0], 2, EPS).rsample((6,)),
+        ValueError,
+        r"\(6, 5, 2\).*got \(5, 2\)",
+    ),
+    "density": (lambda: Implicit(lambda e: e, 2).log_prob(torch.zeros(2)), NotImplementedError, "TraceImplicit_ELBO"),
+    "entropy": (lambda: Implicit(lambda e: e, 2).entropy(), NotImplementedError, "entropy"),
+    "estimator that is no callable": (
+        lambda: TraceImplicit_ELBO("ardae"), TypeError, r"callable \(dim, context_dim\).*got str",
+    ),
+    "too few draws": (
+        lambda: TraceImplicit_ELBO(num_score_samples=1), ValueError, "num_score_samples >= 2.*1 and",
+    ),
+    "negative updates": (
+        lambda: TraceImplicit_ELBO(num_score_updates=-1), ValueError, "num_score_updates >= 0.*-1",
+    ),
+    "dim": (lambda: ARDAE(0), ValueError, "ARDAE: expected dim >= 1"),
+    "context_dim": (lambda: ARDAE(2, -1), ValueError, "context_dim >= 0"),
+    "delta 0": (lambda: ARDAE(2, delta=0.0), ValueError, r"delta in \(0, 1\], got 0"),
+    "delta 2": (lambda: ARDAE(2, delta=2.0), ValueError, r"delta in \(0, 1\], got 2"),
+    "hidden_dim": (lambda: ARDAE(2, hidden_dim=0), ValueError, "hidden_dim >= 1, got 0"),
+    "depth": (lambda: ARDAE(2, depth=0), ValueError, "depth >= 1, got 0"),
+    "learning_rate": (lambda: ARDAE(2, learning_rate=0.0), ValueError, "learning_rate > 0"),
+    "whitening": (lambda: ARDAE(2, whitening="zca"), ValueError, "'pooled', 'full'.*'zca'"),
+    "parametrization": (
+        lambda: ARDAE(2, parametrization="flow"), ValueError, "'residual' or 'energy', got 'flow'",
+    ),
+    "samples of another dim": (
+        lambda: ARDAE(2).update(torch.randn(8, 3)), ValueError, r"\[S, \*batch, 2\], got \(8, 3\)",
+    ),
+    "context of another width": (
+        lambda: ARDAE(2, 4).update(torch.randn(8, 5, 2), EPS), ValueError, r"\[\*batch, 4\], got \(5, 3\)",
+    ),
+    "context of another batch shape": (
+        lambda: ARDAE(2, 3).update(torch.randn(8, 6, 2), EPS), ValueError, r"batch shape \(6,\).*got \(5, 3\)",
+    ),
+    "context missing": (
+        lambda: ARDAE(2, 3).update(torch.randn(8, 5, 2)), ValueError, "got none",
+    ),
+    "value of another shape": (
+        lambda: ARDAE(2, 3)(torch.randn(1, 4, 2), torch.randn(8, 5, 2), EPS),
+        ValueError,
+        r"\(5, 2\).*got \(1, 4, 2\)",
+    ),
+    "dae sigma": (lambda: DAE(2, sigma=0.0), ValueError, "0 < sigma <= sigma_start"),
+    "dae anneals upwards": (lambda: DAE(2, sigma=0.5, sigma_start=0.1), ValueError, "sigma_start=0.1"),
+    "paper's input scale": (lambda: PaperARDAE(2, input_scale=0.0), ValueError, "input_scale and delta > 0"),
+    "paper's parametrization": (lambda: PaperARDAE(2, parametrization="x"), ValueError, "'energy' or 'res"),
+    "paper without center": (
+        lambda: PaperARDAE(2).update(torch.randn(8, 2)), ValueError, "expected center",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ERRORS)
+def test_error(row: str) -> None:
+    call, error, words = ERRORS[row]
+    with pytest.raises(error, match=f"(?s){words}"):
+        call()
+
+
+# ---- one loss object, one guide ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"width": 5}, "event of size 2 and a context of size 3, got 2 and 5"),
+        ({"dim": 4}, "event of size 2 and a context of size 3, got 4 and 3"),
+    ],
+)
+def test_other_sizes_need_another_loss_object(arguments: dict[str, int], words: str) -> None:
+    elbo = TraceImplicit_ELBO(SMALL)
+    elbo.loss_and_grads(model, guide)
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match=rf"site 'z'.*{words}.*Use one loss object per guide"):
+        elbo.loss_and_grads(model, guide, **{"dim": DIM, "rows": ROWS, **arguments})
+    elbo.reset()
+    pyro.clear_param_store()
+    wide = partial(model, arguments.get("dim", DIM))
+    elbo.loss_and_grads(wide, partial(guide, **arguments))
+
+
+def test_state_of_other_sizes() -> None:
+    elbo, fresh = TraceImplicit_ELBO(SMALL), TraceImplicit_ELBO(SMALL)
+    elbo.loss_and_grads(model, guide)
+    pyro.clear_param_store()
+    fresh.load_state_dict(elbo.state_dict())
+    with pytest.raises(ValueError, match="context of size 3, got 2 and 5"):
+        fresh.loss_and_grads(model, partial(guide, width=5))
+
+
+def test_another_guide_of_the_same_sizes_warns_once() -> None:
+    elbo = TraceImplicit_ELBO(SMALL)
+    elbo.loss_and_grads(model, guide)
+    with pytest.warns(UserWarning, match="trained on another guide.*reset"):
+        elbo.loss_and_grads(model, other_guide)
+    elbo.loss_and_grads(model, other_guide)  # any further warning is an error
+    elbo.reset()
+    elbo.loss_and_grads(model, guide)
+
+
+def test_estimator_in_place_of_a_factory() -> None:
+    """It is callable, so it is found out at its first use."""
+    elbo = TraceImplicit_ELBO(ARDAE(DIM, 3))  # type: ignore[arg-type]
+    with pytest.raises((TypeError, AttributeError)):
+        elbo.loss_and_grads(model, guide)
+
+
+# ---- non-finite draws --------------------------------------------------------------------------------
+
+
+class Spoiler:
+    """Let the sampler return NaN or infinity from its n-th call on, until told otherwise."""
+
+    def __init__(self, value: float) -> None:
+        self.value, self.calls, self.first = value, 0, float("inf")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        return z * self.value if self.calls >= self.first else z
+
+
+def snapshot(elbo: TraceImplicit_ELBO) -> list[Tensor]:
+    state = [p.detach().clone() for p in pyro.get_param_store()._params.values()]
+    for estimator in elbo.estimators.values():
+        state += [p.detach().clone() for p in estimator.state_dict().values() if torch.is_tensor(p)]
+    return state
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("elbo_class", [TraceImplicit_ELBO, TraceImplicitEnum_ELBO])
+def test_non_finite_draws_are_refused(value: float, elbo_class: Any) -> None:
+    spoiler = Spoiler(value)
+    elbo = elbo_class(SMALL, strict_enumeration_warning=False, max_plate_nesting=1)
+    svi = SVI(model, partial(guide, spoil=spoiler), optimizer(), loss=elbo)
+    for _ in range(3):
+        svi.step()
+    before = snapshot(elbo)
+    spoiler.first = spoiler.calls + 1
+    with pytest.raises(ValueError, match=r"site 'z'.*non-finite.*no parameter changed"):
+        svi.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(elbo), strict=True))
+    spoiler.first = float("inf")
+    svi.step()
+    assert all(bool(torch.isfinite(p).all()) for p in snapshot(elbo))
+
+
+def test_refused_particle_leaves_no_gradient_of_earlier_ones() -> None:
+    """Two particles in turn: the first has run its backward pass when the second is refused."""
+    spoiler = Spoiler(float("nan"))
+    elbo = TraceImplicit_ELBO(SMALL, num_particles=2)
+    svi = SVI(model, partial(guide, spoil=spoiler), optimizer(), loss=elbo)
+    svi.step()
+    calls = spoiler.calls
+    svi.step()
+    per_step = spoiler.calls - calls
+    before = [p.detach().clone() for p in pyro.get_param_store()._params.values()]
+    spoiler.first = spoiler.calls + per_step // 2 + 1
+    with pytest.raises(ValueError, match="site 'z'"):
+        svi.step()
+    for old, new in zip(before, pyro.get_param_store()._params.values(), strict=True):
+        assert torch.equal(old, new)
+        assert new.grad is None or not bool(new.grad.any())
+
+
+# ---- full whitening needs draws ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [8, 18])
+def test_full_whitening_of_few_draws_falls_back_with_one_warning(count: int) -> None:
+    """18 draws in 4 folds: 12 are left to whiten a fold, 16 to answer; the rule is one for both."""
+    full = TraceImplicit_ELBO(partial(SMALL, whitening="full"), num_score_samples=count)
+    diagonal = TraceImplicit_ELBO(partial(SMALL, whitening="diagonal"), num_score_samples=count)
+    results = []
+    for elbo in (full, diagonal):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(partial(model, 7), partial(guide, 7), optimizer(), loss=elbo)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                svi.step()
+        results.append(pyro.param("scale").detach().clone())
+        expected = 1 if elbo is full else 0
+        assert len([w for w in caught if "whitening" in str(w.message)]) == expected
+        assert len(caught) == expected
+    assert torch.equal(*results)
