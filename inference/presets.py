@@ -145,7 +145,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         dataclasses.replace(_TOY, guide="implicit"),
     ),
     "25gaussians-gaussian": (
-        "25 Gaussians, Gaussian guide. It gives its latents up: test log p(x) -4.94 after 300 steps "
+        "25 Gaussians, Gaussian guide. It ignores its latents: test log p(x) -4.94 after 300 steps "
         "and for good.",
         _TOY,
     ),

@@ -53,6 +53,7 @@ class ImplicitGuide(nn.Module):
     :param tuple[int, ...] hidden_dims: widths of the hidden layers of the sampler, at least one.
     :param type[nn.Module] activation: activation of the hidden layers.
     :param bool gaussian_base: whether the sampler deviates from a Normal.
+    :param float gain: :math:`\gamma`, positive.
     :param torch.dtype compute_dtype: precision of the matrix products, see
         :class:`models.networks.MLP`.
     :raises ValueError: if the noise is too narrow or there is no hidden layer.
@@ -67,6 +68,7 @@ class ImplicitGuide(nn.Module):
         hidden_dims: tuple[int, ...],
         activation: type[nn.Module] = nn.SiLU,
         gaussian_base: bool = True,
+        gain: float = 0.1,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -80,6 +82,7 @@ class ImplicitGuide(nn.Module):
         self.latent_dim = latent_dim
         self.noise_dim = noise_dim
         self.gaussian_base = gaussian_base
+        self.gain = gain
         self.base = GaussianGuide(feature_dim, latent_dim) if gaussian_base else None
         # The first layer is split in two, so that the features are projected once per data
         # point however many samples are drawn for it.
@@ -117,4 +120,4 @@ class ImplicitGuide(nn.Module):
         deviation = self.net(self.activation(self.from_noise(noise) + shift))
         if loc is None or scale is None:
             return deviation
-        return loc + scale * (noise[..., : self.latent_dim] + deviation)
+        return loc + scale * (noise[..., : self.latent_dim] + self.gain * deviation)

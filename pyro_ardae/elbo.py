@@ -82,8 +82,8 @@ class _ImplicitELBO:
     ) -> None:
         if not callable(score_estimator):
             raise TypeError(
-                "score_estimator: expected a callable (dim, context_dim) -> ScoreEstimator, such as "
-                f"ARDAE or functools.partial(ARDAE, hidden_dim=128), got "
+                "score_estimator: expected a callable (dim, context_dim) -> ScoreEstimator, such "
+                f"as ARDAE or functools.partial(ARDAE, hidden_dim=128), got "
                 f"{type(score_estimator).__name__}."
             )
         if num_score_samples is not None and num_score_samples < 2:
@@ -118,7 +118,7 @@ class _ImplicitELBO:
         r"""How well each implicit site's score was estimated in the last step.
 
         - ``score_loss``: the estimator's own loss; a weak monitor.
-        - ``stein``: :math:`-E[s(z)^\top (z - \bar z)] / D`, with its standard error ``stein_error``.
+        - ``stein``: :math:`-E[s(z)^\top (z - \bar z)] / D`, with standard error ``stein_error``.
           It is 1 for the true score, and moves first when the estimate goes wrong. Necessary, not
           sufficient.
         - ``mean_score``: norm of the mean score over draws and contexts, 0 for the true score up to
@@ -275,9 +275,9 @@ class _ImplicitELBO:
     def _check(self, name: str, dim: int, width: int, new_dim: int, new_width: int) -> None:
         if (dim, width) != (new_dim, new_width):
             raise ValueError(
-                f"implicit site '{name}': this loss object was built for an event of size {dim} and "
-                f"a context of size {width}, got {new_dim} and {new_width}. Use one loss object per "
-                "guide, or call reset()."
+                f"implicit site '{name}': this loss object was built for an event of size {dim} "
+                f"and a context of size {width}, got {new_dim} and {new_width}. Use one loss "
+                "object per guide, or call reset()."
             )
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -23,13 +23,13 @@ ScoreFunction = Callable[["Implicit", Tensor], Tensor]
 
 
 class Implicit(TorchDistribution):
-    r"""Distribution of :math:`z = g(\varepsilon, c)`: noise pushed through a sampler, with no density.
+    r"""Distribution of :math:`z = g(\varepsilon, c)`: noise through a sampler, no density.
 
     Draws are reparameterized, so gradients flow from a value into the sampler, the context and the
     parameters of the noise. :meth:`log_prob` exists only inside the ELBOs of this package. There it
     returns the surrogate :math:`s^\top z - \mathrm{stop}(s^\top z)` with
     :math:`s = \mathrm{stop}(\nabla_z \log q(z \mid c))`: its value is 0 and its gradient is the
-    path gradient of :math:`\log q`, so Pyro scales, masks, broadcasts and sums it as any log density.
+    path gradient of :math:`\log q`, so Pyro scales, masks, broadcasts and sums it as any other.
 
     .. warning:: ``context`` must hold everything that z depends on besides its own noise: the data,
         and every other random variable that the sampler reads. What is left out of it is averaged
@@ -53,7 +53,7 @@ class Implicit(TorchDistribution):
     :raises ValueError: if shapes do not fit each other.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = True
 
     def __init__(
@@ -85,7 +85,7 @@ class Implicit(TorchDistribution):
             except ValueError as error:
                 raise ValueError(
                     f"Implicit: batch shape {tuple(noise.batch_shape)} of the noise does not "
-                    f"broadcast with {tuple(context.shape[:-1])} of the context {tuple(context.shape)}."
+                    f"broadcast with {tuple(context.shape[:-1])} of the context."
                 ) from error
         self._set(sampler, noise, context, None, Size(batch_shape), event_shape)
 
@@ -145,8 +145,8 @@ class Implicit(TorchDistribution):
         if value.shape != expected:
             raise ValueError(
                 f"Implicit: expected the sampler to return shape {tuple(expected)} (sample, batch, "
-                f"event), got {tuple(value.shape)} from noise {tuple(noise.shape)}. Pass event_shape=… "
-                "if a draw's shape is not that of its noise."
+                f"event), got {tuple(value.shape)} from noise {tuple(noise.shape)}. Pass "
+                "event_shape=… if a draw's shape is not that of its noise."
             )
         return value
 
@@ -179,7 +179,7 @@ class Implicit(TorchDistribution):
 
 
 def find_implicit(fn: Any) -> Implicit | None:
-    """The :class:`Implicit` under ``Independent``, ``TransformedDistribution`` and other wrappers."""
+    """The :class:`Implicit` under ``Independent``, ``TransformedDistribution`` and the like."""
     while not isinstance(fn, Implicit):
         if not hasattr(fn, "base_dist"):
             return None

@@ -32,8 +32,8 @@ class ARDAE(TrainedEstimator):
     the range on which it is trained. Differences from the paper's own setting
     (:class:`~pyro_ardae.score.paper.PaperARDAE`):
 
-    - f acts on :math:`w = A_c (z - m_c)`, with mean and covariance of other draws of the same q, and
-      is the score of a Gaussian plus a network: :math:`f = -w / (1 + \sigma^2) + r(w, \sigma, c)`.
+    - f acts on :math:`w = A_c (z - m_c)`, with moments of other draws of the same q, and is
+      the score of a Gaussian plus a network: :math:`f = -w / (1 + \sigma^2) + r(w, \sigma, c)`.
       It starts as the moment-matched Gaussian and learns how q deviates; :math:`\delta` is relative
       to q's own width.
     - The noise comes in pairs :math:`\pm u`, which cancels the O(:math:`\sigma`) part of the noise
@@ -131,8 +131,8 @@ class ARDAE(TrainedEstimator):
         n = count // self.num_folds
         if n < 1:
             raise ValueError(
-                f"ARDAE: expected at least num_folds={self.num_folds} draws per context, got {count}. "
-                "Raise num_score_samples, or lower num_folds."
+                f"ARDAE: expected at least num_folds={self.num_folds} draws per context, got "
+                f"{count}. Raise num_score_samples, or lower num_folds."
             )
         folds = z[: n * self.num_folds].reshape(self.num_folds, n, rows, dim)
         frame = self.whitening.held_out(folds)
@@ -155,7 +155,7 @@ class ARDAE(TrainedEstimator):
         return total / (self.num_folds * self.delta**2)
 
     def _loss(self, w: Tensor, features: Tensor, variance: float) -> tuple[Tensor, Tensor]:
-        """Denoising loss on antithetic pairs and its gradient; the Gaussian's part in closed form."""
+        """Denoising loss on antithetic pairs, and its gradient; the Gaussian in closed form."""
         sigma = self.delta * torch.randn(*w.shape[:-1], 1, dtype=w.dtype, device=w.device)
         u = torch.randn_like(w)
         step = sigma * u
@@ -238,8 +238,8 @@ class ARDAE(TrainedEstimator):
         z, context = self._rows(samples, context)
         if value.shape[1:] != samples.shape[1:]:
             raise ValueError(
-                f"ARDAE: expected value [N, *batch, dim] of batch shape and dim {tuple(samples.shape[1:])}, "
-                f"those of the samples, got {tuple(value.shape)}."
+                f"ARDAE: expected value [N, *batch, dim] with the samples' batch shape and dim "
+                f"{tuple(samples.shape[1:])}, got {tuple(value.shape)}."
             )
         frame = self.whitening.frame(z)
         at = value.detach().reshape(len(value), -1, self.dim)

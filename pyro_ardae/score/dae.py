@@ -18,11 +18,11 @@ __all__ = ["DAE"]
 class DAE(TrainedEstimator):
     r"""Denoising autoencoder at one noise level, not amortized over :math:`\sigma`.
 
-    With ``residual=False`` a network R learns :math:`E \lVert R(z + \sigma u, c) - z \rVert^2` and the
-    score is :math:`(R(z, c) - z) / \sigma^2` (Alain & Bengio 2014). Its error is divided by
-    :math:`\sigma^2`, so it grows without bound as :math:`\sigma \to 0`, while the score that it aims
+    With ``residual=False`` a network R learns :math:`E \lVert R(z + \sigma u, c) - z \rVert^2` and
+    the score is :math:`(R(z, c) - z) / \sigma^2` (Alain & Bengio 2014). Its error is divided by
+    :math:`\sigma^2`, so it grows without bound as :math:`\sigma \to 0`, while the score it aims
     at, that of :math:`q * N(0, \sigma^2 I)`, is off by :math:`O(\sigma^2)`. With ``residual=True``
-    the network is the score itself, with loss :math:`E \lVert u + \sigma f(z + \sigma u, c) \rVert^2`.
+    the network is the score, with loss :math:`E \lVert u + \sigma f(z + \sigma u, c) \rVert^2`.
 
     :param dim: dimensions of z.
     :param context_dim: dimensions of the context; 0 for none.

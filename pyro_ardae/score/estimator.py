@@ -49,8 +49,8 @@ class ScoreEstimator(nn.Module, ABC):
 
         :param samples: ``[S, *batch, dim]``, independent along S.
         :param context: ``[*batch, C]``; ``None`` if ``context_dim`` is 0.
-        :param center: ``[*batch, dim]``, the sampler's output for zero noise; read only by estimators
-            that set ``needs_center``.
+        :param center: ``[*batch, dim]``, the sampler's output for zero noise; read only by
+            estimators that set ``needs_center``.
         :returns: the detached scalar loss (0 for estimators that learn nothing).
         """
 

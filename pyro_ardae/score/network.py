@@ -3,9 +3,10 @@
 
 """Networks of the score: a residual field, or the gradient of an energy, modulated by a context.
 
-Both are functions of one flat tensor of weights, so that an optimizer step and a running average are
-one operation each. The residual network's gradient is written out by hand: at the size that pays
-here (1,000 rows, 64 units) the bookkeeping of autograd costs as much as the arithmetic.
+Both are functions of one flat tensor of weights, so that an optimizer step and a running average
+are one operation each. The residual network's gradient is written out by hand: at the
+size that pays here (1,000 rows, 64 units) the bookkeeping of autograd costs as much as the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ __all__ = ["EnergyNetwork", "ResidualNetwork"]
 
 class _Modulated:
     """SiLU layers of (w, sigma) with skip connections. An encoder of the features, run once per
-    context, scales and shifts every layer (feature-wise linear modulation, Perez et al. 2018)."""
+    context, scales and shifts every layer (feature-wise linear modulation, Perez et al. 2018).
+    """
 
     def __init__(
         self, dim: int, feature_dim: int, hidden_dim: int, depth: int, head_shapes: list[list[int]]
@@ -84,7 +86,7 @@ class _Modulated:
     def hidden(
         self, parts: list[Tensor], w: Tensor, sigma: Tensor, films: Tensor
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-        """Last hidden layer ``[n, B, hidden]``, and per layer its input, product, argument, scale."""
+        """Last hidden layer ``[n, B, hidden]``; by layer its input, product, argument, scale."""
         modulation = films.view(-1, self.depth, 2, self.hidden_dim)
         h = torch.cat([w, 3 * sigma.abs(), 9 * sigma.square()], -1)
         saved = []
@@ -99,7 +101,7 @@ class _Modulated:
 
 
 class ResidualNetwork(_Modulated):
-    r"""Field :math:`r(w, \sigma; c) = a(h) + b(h) \odot w`, locally that of a Gaussian; zero at first.
+    r"""Field :math:`r(w, \sigma; c) = a(h) + b(h) \odot w`, locally a Gaussian's; zero at first.
 
     :param dim: dimensions D of w.
     :param feature_dim: dimensions K of the features of the context; 0 for none.
@@ -176,7 +178,7 @@ class ResidualNetwork(_Modulated):
 
 
 class EnergyNetwork(_Modulated):
-    r"""Energy :math:`E(w, \sigma; c) = v^\top h + h_c^\top (A w + B w^2)`, whose negative gradient is
+    r"""Energy :math:`E = v^\top h + h_c^\top (A w + B w^2)`, whose negative gradient is
     the field; zero at first. The quadratic part, with :math:`h_c` the encoder's last layer, is that
     of a Gaussian.
 

@@ -24,7 +24,7 @@ class Frame(NamedTuple):
     scale: Tensor
     """``[..., 1, B, D]``, the scales that the network sees."""
     unmix: Tensor
-    r"""U of :math:`A = U \mathrm{diag}(1 / scale)`: ``[D, D]``, or ``[..., B, D, D]`` per context."""
+    r"""U in :math:`A = U \mathrm{diag}(1 / scale)`: ``[D, D]`` or ``[..., B, D, D]``."""
     variance: float
     """Variance of w when q is Gaussian and the frame comes from few draws."""
 
@@ -53,12 +53,12 @@ class Frame(NamedTuple):
 class Whitening(nn.Module):
     r"""Estimate frames from samples, and keep what is pooled over contexts and updates.
 
-    - ``"pooled"``: mean and scale per context, times the inverse root of the correlation pooled over
-      contexts and updates. A full Cholesky factor of few draws is noisy, a diagonal one lets thin
-      correlated directions collapse; the pooled correlation does neither. Its eigenvalues within
-      ``[low, high]`` are left alone and the others brought to that border.
-    - ``"full"``: mean and Cholesky factor per context. Needs at least 2 D draws, else ``"diagonal"``
-      is used, with one warning.
+    - ``"pooled"``: mean and scale per context, times the inverse root of the correlation pooled
+      over contexts and updates. A full Cholesky factor of few draws is noisy, a diagonal one lets
+      thin correlated directions collapse; the pooled correlation does neither. Its eigenvalues
+      within ``[low, high]`` are left alone and the others brought to that border.
+    - ``"full"``: mean and Cholesky factor per context. Needs at least 2 D draws, or else
+      ``"diagonal"`` is used, with one warning.
     - ``"diagonal"``: mean and scale per context.
     - ``"none"``: z itself.
 

@@ -132,10 +132,10 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: TraceImplicit_ELBO("ardae"), TypeError, r"callable \(dim, context_dim\).*got str",
     ),
     "too few draws": (
-        lambda: TraceImplicit_ELBO(num_score_samples=1), ValueError, "num_score_samples >= 2.*1 and",
+        lambda: TraceImplicit_ELBO(num_score_samples=1), ValueError, "num_score_samples >= 2, got 1",
     ),
     "negative updates": (
-        lambda: TraceImplicit_ELBO(num_score_updates=-1), ValueError, "num_score_updates >= 0.*-1",
+        lambda: TraceImplicit_ELBO(num_score_updates=-1), ValueError, "num_score_updates >= 0, got -1",
     ),
     "dim": (lambda: ARDAE(0), ValueError, "ARDAE: expected dim >= 1"),
     "context_dim": (lambda: ARDAE(2, -1), ValueError, "context_dim >= 0"),

@@ -117,18 +117,15 @@ def test_resumed_run_is_the_uninterrupted_one(factory: str, file: bool) -> None:
     in_memory = copy({k: saved[k] for k in ("guide", "optim", "rng")})
     restored = through_a_file(saved) if file else {**in_memory, "elbo": saved["elbo"]}
 
-    pyro.clear_param_store()
-    guide_2, elbo_2, optim_2 = Guide(), TraceImplicit_ELBO(FACTORIES[factory]), adam()
-    elbo_2.load_state_dict(restored["elbo"])  # sites are built later: what is loaded must not move
-    first_store = pyro.get_param_store().get_state()
-    guide_2.load_state_dict(restored["guide"])
-    optim_2.set_state(restored["optim"])
-
-    pyro.get_param_store().set_state(first_store)
+    elbo_2 = TraceImplicit_ELBO(FACTORIES[factory])
+    elbo_2.load_state_dict(restored["elbo"])  # built later, and untouched by what the first run does
     losses = [svi.step(X) for _ in range(4)]
     final = copy({"guide": guide.state_dict(), "elbo": elbo.state_dict()})
 
     pyro.clear_param_store()
+    guide_2, optim_2 = Guide(), adam()
+    guide_2.load_state_dict(restored["guide"])
+    optim_2.set_state(restored["optim"])
     svi_2 = SVI(model, guide_2, optim_2, loss=elbo_2)
     torch.set_rng_state(restored["rng"])
     assert [svi_2.step(X) for _ in range(4)] == losses
@@ -290,8 +287,9 @@ def test_module_trains_in_train_mode_with_gradients_alone() -> None:
 @pytest.mark.parametrize(("updates", "expected"), [(0, 0), (1, 2), (3, 6)])
 def test_number_of_score_updates(updates: int, expected: int) -> None:
     elbo = TraceImplicit_ELBO(FACTORIES["ardae"], num_score_updates=updates)
+    model, guide = Model(), Guide()
     for _ in range(2):
-        elbo.loss_and_grads(Model(), Guide(), X)
+        elbo.loss_and_grads(model, guide, X)
     assert elbo.estimators["z"].state_dict()["_extra_state"]["updates"] == expected
 
 
