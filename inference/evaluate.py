@@ -137,17 +137,20 @@ def final_evaluation(config: Config, vae: VAE, data: Dataset) -> dict[str, float
 
 @torch.no_grad()
 def _modes(vae: VAE, seed: int) -> dict[str, float]:
-    """Of the 25 modes, those that 1 % of 10,000 samples or more come near to (within 3 standard
-    deviations of a mode; 4 % are expected), and the share of samples near any.
+    """Counts the modes that samples of the model come near to.
+
+    A mode counts if 2 % of 10,000 samples or more lie within 2 standard deviations of it, where
+    3.5 % are expected and a single wide Gaussian puts 1 %. ``near_a_mode`` is the share of samples
+    that lie so near to any; 86 % are expected.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         prior = vae.prior(next(vae.parameters()))
         samples = vae.decoder(prior.sample(torch.Size((10_000,)))).sample().cpu()
     distance, nearest = torch.cdist(samples, toy.modes()).min(-1)
-    near = nearest[distance < 3 * math.sqrt(toy.VARIANCE)]
+    near = nearest[distance < 2 * math.sqrt(toy.VARIANCE)]
     counts = torch.bincount(near, minlength=25)
-    return {"modes": int((counts >= 100).sum()), "near_a_mode": len(near) / len(samples)}
+    return {"modes": int((counts >= 200).sum()), "near_a_mode": len(near) / len(samples)}
 
 
 class _full_precision:

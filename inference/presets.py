@@ -132,7 +132,7 @@ _TOY = Config(
 _MNIST = Config(
     task="sbmnist-mlp",
     guide="gaussian",
-    steps=25_000,
+    steps=37_000,
     learning_rate=1e-3,
     activation="elu",
     precision="bf16",
@@ -154,8 +154,8 @@ PRESETS: dict[str, tuple[str, Config]] = {
         dataclasses.replace(_MNIST, guide="implicit", steps=10_000),
     ),
     "sbmnist-mlp-gaussian": (
-        "Binarized MNIST, MLP, Gaussian guide. Test ELBO -92.6, log p(x) -89.0 (500 samples of its "
-        "own posterior); 4 minutes of one core in bf16, 6 in fp32, then 3 of evaluation.",
+        "Binarized MNIST, MLP, Gaussian guide. After 25,000 steps: test ELBO -93.3, log p(x) -89.7 "
+        "(all images, 500 samples of its own posterior).",
         _MNIST,
     ),
 }
@@ -185,8 +185,8 @@ def build_vae(config: Config, *, name: str = "vae") -> VAE:
             hidden,
             latent_dim,
             noise_dim=config.noise_dim,
-            hidden_dims=(hidden,) if config.gaussian_base else (hidden, hidden),
-            activation=activation,
+            hidden_dims=(128, 128) if config.gaussian_base else (hidden, hidden),
+            activation=ACTIVATIONS["silu"] if config.gaussian_base else activation,
             gaussian_base=config.gaussian_base,
             compute_dtype=compute_dtype,
         )

@@ -142,7 +142,7 @@ class Training:
             explicit=config.guide == "gaussian",
             own=False,
             num_samples=config.valid_samples,
-            guide_samples=min(config.guide_samples, 128),
+            guide_samples=config.guide_samples,
             prior_weight=config.prior_weight,
             seed=config.seed,
         )

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Every test starts from one seed, an empty param store and Pyro's validation, and leaves no trace."""
+"""Every test starts from one seed, an empty param store and validation on, and leaves no trace."""
 
 from __future__ import annotations
 

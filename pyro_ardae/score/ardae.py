@@ -58,6 +58,9 @@ class ARDAE(TrainedEstimator):
         context.
     :param learning_rate: Adam's step size, after ``warm_up`` steps.
     :param warm_up: optimizer steps over which the step size grows linearly.
+    :param clip: bound on the norm of a gradient, in units of its running mean, >= 1.
+    :param weight_decay: decoupled, per unit of step size, >= 0; it keeps the network from growing
+        into a field that explodes between the draws of a long run.
     :param average: weight of the past in the running average of the network, in [0, 1).
     :param autocast: run the hidden layers in bfloat16 where the device gains by it.
     :param num_normalizer_samples: draws for the normalizing constant in :meth:`log_prob`.
@@ -68,6 +71,7 @@ class ARDAE(TrainedEstimator):
     """
 
     averaged: Tensor
+    gradient_norm: Tensor
     feature_mean: Tensor
     feature_square: Tensor
 
@@ -84,6 +88,8 @@ class ARDAE(TrainedEstimator):
         num_folds: int = 4,
         learning_rate: float = 4e-3,
         warm_up: int = 50,
+        clip: float = 2.0,
+        weight_decay: float = 0.05,
         average: float = 0.98,
         autocast: bool = False,
         num_normalizer_samples: int = 128,
@@ -94,6 +100,7 @@ class ARDAE(TrainedEstimator):
         _in_range("hidden_dim", hidden_dim, hidden_dim >= 1, ">= 1")
         _in_range("depth", depth, depth >= 1, ">= 1")
         _in_range("learning_rate", learning_rate, learning_rate > 0, "> 0")
+        _in_range("clip", clip, clip >= 1, ">= 1")
         _in_range("average", average, 0 <= average < 1, "in [0, 1)")
         if parametrization not in ("residual", "energy"):
             raise ValueError(
@@ -101,7 +108,8 @@ class ARDAE(TrainedEstimator):
             )
         self.parametrization = parametrization
         self.delta, self.num_folds, self.average = delta, num_folds, average
-        self.learning_rate, self.warm_up = learning_rate, warm_up
+        self.learning_rate, self.warm_up, self.clip = learning_rate, warm_up, clip
+        self.weight_decay = weight_decay
         self.autocast, self.num_normalizer_samples = autocast, num_normalizer_samples
         self.whitening = Whitening(dim, context_dim > 0, mode=whitening)
         width = 2 * dim + context_dim if context_dim else 0
@@ -109,6 +117,7 @@ class ARDAE(TrainedEstimator):
         self.network: EnergyNetwork | ResidualNetwork = kind(dim, width, hidden_dim, depth)
         self.weights = torch.nn.Parameter(self.network.initial(), requires_grad=False)
         self.register_buffer("averaged", self.weights.detach().clone())
+        self.register_buffer("gradient_norm", torch.zeros(()))
         self.register_buffer("feature_mean", torch.zeros(width))
         self.register_buffer("feature_square", torch.ones(width))
 
@@ -141,7 +150,8 @@ class ARDAE(TrainedEstimator):
         optimizer = self.optimizer
         total = z.new_zeros(())
         for fold in range(self.num_folds):
-            loss, self.weights.grad = self._loss(w[fold], features[fold], frame.variance)
+            loss, gradient = self._loss(w[fold], features[fold], frame.variance)
+            self.weights.grad = self._clipped(gradient)
             self.steps += 1
             ramp = min(1.0, self.steps / max(1, self.warm_up))
             optimizer.param_groups[0]["lr"] = self.learning_rate * ramp
@@ -164,6 +174,22 @@ class ARDAE(TrainedEstimator):
         target = torch.addcdiv(u, sigma * x, variance + sigma.square(), value=-1.0)
         with torch.autocast(w.device.type, torch.bfloat16, enabled=self.autocast):
             return self.network.loss(self.weights, x, sigma, features, target, sigma)
+
+    def _clipped(self, gradient: Tensor) -> Tensor:
+        """Bound a gradient by a multiple of the running mean of the norms.
+
+        Without a bound, one outlier among the draws moves all weights by some ten step sizes of
+        Adam, and then stalls them for as long as Adam remembers its square.
+        """
+        norm = gradient.norm()
+        finite = norm.isfinite()
+        norm = torch.where(finite, norm, torch.ones_like(norm))
+        if self.steps == 0:
+            self.gradient_norm.copy_(norm)
+        bounded = norm.minimum(self.clip * self.gradient_norm)
+        self.gradient_norm.lerp_(bounded, 0.02)
+        scaled = gradient.mul_(bounded / norm.clamp_min(1e-30))
+        return torch.where(finite, scaled, torch.zeros_like(scaled))
 
     @torch.no_grad()
     def _features(self, frame: Frame, context: Tensor, *, fit: bool = False) -> Tensor:
@@ -246,7 +272,13 @@ class ARDAE(TrainedEstimator):
         return frame, frame.whiten(at), self._features(frame, context)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([self.weights], self.learning_rate, betas=(0.9, 0.99), fused=True)
+        return torch.optim.AdamW(
+            [self.weights],
+            self.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
 
 
 def _in_range(name: str, value: float, ok: bool, expected: str) -> None:

@@ -53,7 +53,6 @@ class _Modulated:
             bound = parts[i].shape[0] ** -0.5
             parts[i].uniform_(-bound, bound)
         films = parts[self.depth].view(self.depth, 2, self.hidden_dim)
-        films[:, 0] = 1.0
         films[:, 1].uniform_(-(self.hidden_dim**-0.5), self.hidden_dim**-0.5)
         if self.feature_dim:
             first, first_bias, second, second_bias, last = parts[self.depth + 1 : self.depth + 6]
@@ -91,7 +90,7 @@ class _Modulated:
         h = torch.cat([w, 3 * sigma.abs(), 9 * sigma.square()], -1)
         saved = []
         for i in range(self.depth):
-            scale, shift = modulation[:, i, 0], modulation[:, i, 1]
+            scale, shift = 1 + modulation[:, i, 0], modulation[:, i, 1]
             product = h @ parts[i]
             argument = torch.addcmul(shift, product, scale)
             saved.append((h, product, argument, scale))

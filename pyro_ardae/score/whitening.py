@@ -206,7 +206,9 @@ class Whitening(nn.Module):
     def _scaled_frame(self, mean: Tensor, variance: Tensor, draws: int) -> Frame:
         if self.mode == "none":
             return Frame(torch.zeros_like(mean), torch.ones_like(mean), self.unmix, 1.0)
-        return Frame(mean, variance.clamp_min(1e-20).sqrt(), self.unmix, _spread(draws, 1))
+        # A context far thinner than the others would turn rounding errors into outliers.
+        floor = 1e-6 * variance.mean(-2, keepdim=True) + 1e-20
+        return Frame(mean, variance.maximum(floor).sqrt(), self.unmix, _spread(draws, 1))
 
     def _full_frame(self, mean: Tensor, cov: Tensor, draws: int) -> Frame:
         scale = cov.diagonal(dim1=-2, dim2=-1).clamp_min(1e-20).sqrt()

@@ -3,9 +3,9 @@
 
 """Gradients with the closed-form score in place of the network, against explicit Normal guides.
 
-With the same noise, an implicit guide with an exact score has the gradient of an explicit guide whose
-density has detached parameters (the path gradient, "sticking the landing"). In float64 the two must
-agree to rounding, whatever Pyro does around the site.
+With the same noise, an implicit guide with an exact score has the gradient of an explicit guide
+whose density has detached parameters (the path gradient, "sticking the landing"). In float64 the
+two must agree to rounding, whatever Pyro does around the site.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ def noise(dim: int = D) -> dist.Distribution:
     return QuietNormal(torch.zeros(dim), torch.ones(dim)).to_event(1)
 
 
+def masked(mask: Tensor | None, index: Tensor) -> Any:
+    return poutine.mask(mask=True if mask is None else mask[index])
+
+
 class Model(PyroModule):
     """Global g, t and local z in a plate; x is observed."""
 
@@ -94,15 +98,15 @@ class Model(PyroModule):
     ) -> None:
         g = pyro.sample("g", dist.Normal(torch.zeros(D), 2.0).to_event(1))
         t = pyro.sample("t", dist.LogNormal(torch.tensor(0.0), 0.5))
-        with poutine.scale(scale=scale), pyro.plate("data", N, subsample_size=subsample) as index:
-            with poutine.mask(mask=True if mask is None else mask[index]):
-                prior = dist.LogNormal if positive else dist.Normal
-                z = pyro.sample("z", prior(g, 1.0).to_event(1))
-                pyro.sample("x", dist.Normal(z, t.unsqueeze(-1)).to_event(1), obs=x[index])
+        plate = pyro.plate("data", N, subsample_size=subsample)
+        with poutine.scale(scale=scale), plate as index, masked(mask, index):
+            prior = dist.LogNormal if positive else dist.Normal
+            z = pyro.sample("z", prior(g, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, t.unsqueeze(-1)).to_event(1), obs=x[index])
 
 
 class Guide(PyroModule):
-    """Normal q(g), LogNormal q(t) and amortized q(z | x), g and z implicit if ``normal`` is None."""
+    """Normal q(g), LogNormal q(t), amortized q(z | x); g and z implicit if ``normal`` is None."""
 
     def __init__(self, normal: type[dist.Normal] | None) -> None:
         super().__init__()
@@ -138,15 +142,15 @@ class Guide(PyroModule):
         pyro.sample("g", q)
         t = dist.TransformedDistribution(explicit(self.t_loc, self.t_scale), [ExpTransform()])
         pyro.sample("t", t)
-        with poutine.scale(scale=scale), pyro.plate("data", N, subsample_size=subsample) as index:
-            with poutine.mask(mask=True if mask is None else mask[index]):
-                if self.normal is None:
-                    q = Implicit(lambda eps, c: c @ weight + z_scale * eps, noise(), x[index])
-                else:
-                    q = self.normal(x[index] @ weight, z_scale).to_event(1)
-                if positive:
-                    q = dist.TransformedDistribution(q, [ExpTransform()])
-                pyro.sample("z", q)
+        plate = pyro.plate("data", N, subsample_size=subsample)
+        with poutine.scale(scale=scale), plate as index, masked(mask, index):
+            if self.normal is None:
+                q = Implicit(lambda eps, c: c @ weight + z_scale * eps, noise(), x[index])
+            else:
+                q = self.normal(x[index] @ weight, z_scale).to_event(1)
+            if positive:
+                q = dist.TransformedDistribution(q, [ExpTransform()])
+            pyro.sample("z", q)
 
     def oracle(self, error: float = 0.0) -> Callable[[int, int], Oracle]:
         """Factory of exact scores, wrong by the factor 1 + ``error`` where asked for."""
@@ -237,7 +241,9 @@ def test_gradient_is_the_path_gradient(float64: None, case: str, elbo: str) -> N
     assert largest_difference(gradients(wrong, guide, **arguments), expected) > 1e-8
 
 
-def differences(pairs: list[tuple[Any, PyroModule]], model: Any, *args: Any, **kwargs: Any) -> Tensor:
+def differences(
+    pairs: list[tuple[Any, PyroModule]], model: Any, *args: Any, **kwargs: Any
+) -> Tensor:
     """Difference of the gradients of two (loss, guide) pairs, ``[200 batches, coordinates]``.
 
     A batch holds 100 particles, 20,000 in all; their means give the standard error. Both see the
@@ -279,7 +285,7 @@ def test_gradient_agrees_with_the_plain_elbo_in_expectation(
     assert float(compare(0.1).abs().max()) > limit  # a score 10 % off is found out
 
 
-# ---- guides of other kinds ---------------------------------------------------------------------------
+# ---- guides of other kinds -----------------------------------------------------------------------
 
 
 class Messenger(GuideMessenger):
@@ -302,8 +308,9 @@ class Messenger(GuideMessenger):
 
 @pytest.mark.parametrize("particles", [1, 4])
 def test_guide_messenger(float64: None, particles: int) -> None:
-    """poutine.unwrap() must find the GuideMessenger: taken for a plain guide, its gradient is wrong."""
+    """poutine.unwrap() must find the GuideMessenger: as a plain guide its gradient is wrong."""
     x, model, results = data()[0], Model(), []
+    shapes = {"g": (1, D), "z": (1, B, D)}
     for normal in (None, PathNormal):
         guide = Messenger(model, Guide(normal))
         if normal is None:
@@ -313,7 +320,6 @@ def test_guide_messenger(float64: None, particles: int) -> None:
                 loc, scale = (pyro.param(key + names[0]) for key in ("loc_", "scale_"))
                 return -(value - loc) / scale**2
 
-            shapes = {"g": (1, D), "z": (1, B, D)}
             elbo: Any = TraceImplicit_ELBO(
                 lambda d, c: Oracle(d, c, score), num_score_samples=2, num_particles=particles
             )
@@ -352,7 +358,9 @@ def test_discrete_site_of_the_model_is_summed_out(float64: None) -> None:
     elbo = TraceImplicitEnum_ELBO(guide.oracle(), num_score_samples=2, max_plate_nesting=1)
     actual = gradients(elbo, guide, model=model)
     expected = gradients(TraceEnum_ELBO(max_plate_nesting=1), reference, model=model)
-    assert expected.keys() == {"weight_unconstrained", "z_scale_unconstrained"} or len(expected) == 2
+    assert (
+        expected.keys() == {"weight_unconstrained", "z_scale_unconstrained"} or len(expected) == 2
+    )
     assert largest_difference(actual, expected) < 1e-10
     particles = {"max_plate_nesting": 1, "num_particles": 3, "vectorize_particles": True}
     elbo = TraceImplicitEnum_ELBO(guide.oracle(), num_score_samples=2, **particles)
@@ -412,7 +420,10 @@ def test_chained_sites(float64: None) -> None:
     """
     x = data()[0][0]
     guide, reference = Chain(None), Chain(PathNormal)
-    for particles in ({}, {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 0}):
+    for particles in (
+        {},
+        {"num_particles": 3, "vectorize_particles": True, "max_plate_nesting": 0},
+    ):
         elbo = TraceImplicit_ELBO(guide.oracle, num_score_samples=2, **particles)
         actual = gradients(elbo, guide, x, model=chain_model)
         expected = gradients(Trace_ELBO(**particles), reference, x, model=chain_model)
@@ -420,9 +431,7 @@ def test_chained_sites(float64: None) -> None:
         assert largest_difference(actual, expected) < 1e-10
 
 
-def test_chained_sites_are_unbiased(
-    float64: None, standard_errors: Callable[[int], float]
-) -> None:
+def test_chained_sites_are_unbiased(float64: None, standard_errors: Callable[[int], float]) -> None:
     """Against the full gradient of plain Trace_ELBO, in expectation."""
     options = {"num_particles": 100, "vectorize_particles": True, "max_plate_nesting": 0}
     guide = Chain(None)

@@ -39,7 +39,10 @@ def model(dim: int = DIM, rows: int = ROWS) -> None:
 
 
 def guide(
-    dim: int = DIM, rows: int = ROWS, width: int = 3, spoil: Callable[[Tensor], Tensor] | None = None
+    dim: int = DIM,
+    rows: int = ROWS,
+    width: int = 3,
+    spoil: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     weight = pyro.param("weight", torch.full((width, dim), 0.1))
     scale = pyro.param("scale", torch.ones(dim))
@@ -61,7 +64,7 @@ def optimizer() -> pyro.optim.PyroOptim:
     return pyro.optim.Adam({"lr": 1e-2})
 
 
-# ---- losses that need log q --------------------------------------------------------------------------
+# ---- losses that need log q ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,24 +95,36 @@ def test_psis_diagnostic_needs_the_density() -> None:
         pyro.infer.importance.psis_diagnostic(model, guide, num_particles=4)
 
 
-# ---- the table ---------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 EPS = torch.zeros(5, 3)
 ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "sampler": (lambda: Implicit(3, 2), TypeError, "`sampler` to be a callable.*got int"),
     "noise of size 0": (lambda: Implicit(lambda e: e, 0), ValueError, "size >= 1, got 0"),
-    "noise of a wrong type": (lambda: Implicit(lambda e: e, 2.5), TypeError, "int or a reparam.*float"),
-    "noise that is a flag": (lambda: Implicit(lambda e: e, True), TypeError, "int or a reparam.*bool"),
+    "noise of a wrong type": (
+        lambda: Implicit(lambda e: e, 2.5),
+        TypeError,
+        "int or a reparam.*float",
+    ),
+    "noise that is a flag": (
+        lambda: Implicit(lambda e: e, True),
+        TypeError,
+        "int or a reparam.*bool",
+    ),
     "noise without rsample": (
         lambda: Implicit(lambda e: e, dist.Poisson(torch.ones(2)).to_event(1)),
         TypeError,
         "reparameterized noise",
     ),
     "context that is a list": (
-        lambda: Implicit(lambda e, c: e, 2, [1.0]), ValueError, "tensor.*got list.*Concatenate",
+        lambda: Implicit(lambda e, c: e, 2, [1.0]),
+        ValueError,
+        "tensor.*got list.*Concatenate",
     ),
     "context that is a scalar": (
-        lambda: Implicit(lambda e, c: e, 2, torch.tensor(1.0)), ValueError, "got a scalar tensor",
+        lambda: Implicit(lambda e, c: e, 2, torch.tensor(1.0)),
+        ValueError,
+        "got a scalar tensor",
     ),
     "noise and context do not broadcast": (
         lambda: Implicit(lambda e, c: e, dist.Normal(torch.zeros(4, 2), 1.0).to_event(1), EPS),
@@ -126,16 +141,26 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"\(6, 5, 2\).*got \(5, 2\)",
     ),
-    "density": (lambda: Implicit(lambda e: e, 2).log_prob(torch.zeros(2)), NotImplementedError, "TraceImplicit_ELBO"),
+    "density": (
+        lambda: Implicit(lambda e: e, 2).log_prob(torch.zeros(2)),
+        NotImplementedError,
+        "TraceImplicit_ELBO",
+    ),
     "entropy": (lambda: Implicit(lambda e: e, 2).entropy(), NotImplementedError, "entropy"),
     "estimator that is no callable": (
-        lambda: TraceImplicit_ELBO("ardae"), TypeError, r"callable \(dim, context_dim\).*got str",
+        lambda: TraceImplicit_ELBO("ardae"),
+        TypeError,
+        r"callable \(dim, context_dim\).*got str",
     ),
     "too few draws": (
-        lambda: TraceImplicit_ELBO(num_score_samples=1), ValueError, "num_score_samples >= 2, got 1",
+        lambda: TraceImplicit_ELBO(num_score_samples=1),
+        ValueError,
+        "num_score_samples >= 2, got 1",
     ),
     "negative updates": (
-        lambda: TraceImplicit_ELBO(num_score_updates=-1), ValueError, "num_score_updates >= 0, got -1",
+        lambda: TraceImplicit_ELBO(num_score_updates=-1),
+        ValueError,
+        "num_score_updates >= 0, got -1",
     ),
     "dim": (lambda: ARDAE(0), ValueError, "ARDAE: expected dim >= 1"),
     "context_dim": (lambda: ARDAE(2, -1), ValueError, "context_dim >= 0"),
@@ -146,19 +171,29 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "learning_rate": (lambda: ARDAE(2, learning_rate=0.0), ValueError, "learning_rate > 0"),
     "whitening": (lambda: ARDAE(2, whitening="zca"), ValueError, "'pooled', 'full'.*'zca'"),
     "parametrization": (
-        lambda: ARDAE(2, parametrization="flow"), ValueError, "'residual' or 'energy', got 'flow'",
+        lambda: ARDAE(2, parametrization="flow"),
+        ValueError,
+        "'residual' or 'energy', got 'flow'",
     ),
     "samples of another dim": (
-        lambda: ARDAE(2).update(torch.randn(8, 3)), ValueError, r"\[S, \*batch, 2\], got \(8, 3\)",
+        lambda: ARDAE(2).update(torch.randn(8, 3)),
+        ValueError,
+        r"\[S, \*batch, 2\], got \(8, 3\)",
     ),
     "context of another width": (
-        lambda: ARDAE(2, 4).update(torch.randn(8, 5, 2), EPS), ValueError, r"\[\*batch, 4\], got \(5, 3\)",
+        lambda: ARDAE(2, 4).update(torch.randn(8, 5, 2), EPS),
+        ValueError,
+        r"\[\*batch, 4\], got \(5, 3\)",
     ),
     "context of another batch shape": (
-        lambda: ARDAE(2, 3).update(torch.randn(8, 6, 2), EPS), ValueError, r"batch shape \(6,\).*got \(5, 3\)",
+        lambda: ARDAE(2, 3).update(torch.randn(8, 6, 2), EPS),
+        ValueError,
+        r"batch shape \(6,\).*got \(5, 3\)",
     ),
     "context missing": (
-        lambda: ARDAE(2, 3).update(torch.randn(8, 5, 2)), ValueError, "got none",
+        lambda: ARDAE(2, 3).update(torch.randn(8, 5, 2)),
+        ValueError,
+        "got none",
     ),
     "value of another shape": (
         lambda: ARDAE(2, 3)(torch.randn(1, 4, 2), torch.randn(8, 5, 2), EPS),
@@ -166,13 +201,27 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"\(5, 2\).*got \(1, 4, 2\)",
     ),
     "dae sigma": (lambda: DAE(2, sigma=0.0), ValueError, "0 < sigma <= sigma_start"),
-    "dae anneals upwards": (lambda: DAE(2, sigma=0.5, sigma_start=0.1), ValueError, "sigma_start=0.1"),
-    "paper's input scale": (lambda: PaperARDAE(2, input_scale=0.0), ValueError, "input_scale and delta > 0"),
-    "paper's parametrization": (lambda: PaperARDAE(2, parametrization="x"), ValueError, "'energy' or 'res"),
-    "paper without center": (
-        lambda: PaperARDAE(2).update(torch.randn(8, 2)), ValueError, "expected center",
+    "dae anneals upwards": (
+        lambda: DAE(2, sigma=0.5, sigma_start=0.1),
+        ValueError,
+        "sigma_start=0.1",
     ),
-}  # fmt: skip
+    "paper's input scale": (
+        lambda: PaperARDAE(2, input_scale=0.0),
+        ValueError,
+        "input_scale and delta > 0",
+    ),
+    "paper's parametrization": (
+        lambda: PaperARDAE(2, parametrization="x"),
+        ValueError,
+        "'energy' or 'res",
+    ),
+    "paper without center": (
+        lambda: PaperARDAE(2).update(torch.randn(8, 2)),
+        ValueError,
+        "expected center",
+    ),
+}
 
 
 @pytest.mark.parametrize("row", ERRORS)
@@ -182,7 +231,7 @@ def test_error(row: str) -> None:
         call()
 
 
-# ---- one loss object, one guide ----------------------------------------------------------------------
+# ---- one loss object, one guide ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -230,7 +279,7 @@ def test_estimator_in_place_of_a_factory() -> None:
         elbo.loss_and_grads(model, guide)
 
 
-# ---- non-finite draws --------------------------------------------------------------------------------
+# ---- non-finite draws ----------------------------------------------------------------------------
 
 
 class Spoiler:
@@ -287,7 +336,7 @@ def test_refused_particle_leaves_no_gradient_of_earlier_ones() -> None:
         assert new.grad is None or not bool(new.grad.any())
 
 
-# ---- full whitening needs draws ----------------------------------------------------------------------
+# ---- full whitening needs draws ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [8, 18])

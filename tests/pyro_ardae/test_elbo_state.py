@@ -96,7 +96,7 @@ def copy(state: Any) -> Any:
     return through_a_file(state)
 
 
-# ---- saving and resuming -----------------------------------------------------------------------------
+# ---- saving and resuming -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -118,7 +118,9 @@ def test_resumed_run_is_the_uninterrupted_one(factory: str, file: bool) -> None:
     restored = through_a_file(saved) if file else {**in_memory, "elbo": saved["elbo"]}
 
     elbo_2 = TraceImplicit_ELBO(FACTORIES[factory])
-    elbo_2.load_state_dict(restored["elbo"])  # built later, and untouched by what the first run does
+    elbo_2.load_state_dict(
+        restored["elbo"]
+    )  # built later, and untouched by what the first run does
     losses = [svi.step(X) for _ in range(4)]
     final = copy({"guide": guide.state_dict(), "elbo": elbo.state_dict()})
 
@@ -151,7 +153,11 @@ def test_resumed_module_is_the_uninterrupted_one(factory: str) -> None:
         module, optim = build()
         for _ in range(4):
             step(module, optim)
-        saved = {"module": module.state_dict(), "optim": optim.state_dict(), "rng": torch.get_rng_state()}
+        saved = {
+            "module": module.state_dict(),
+            "optim": optim.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
         saved = through_a_file(saved)
         losses = [step(module, optim) for _ in range(4)]
 
@@ -175,7 +181,7 @@ def test_state_is_kept_until_its_site_is_met() -> None:
     assert fresh.state_dict() == {}
 
 
-# ---- what belongs to whom ----------------------------------------------------------------------------
+# ---- what belongs to whom ------------------------------------------------------------------------
 
 
 def test_estimators_are_no_parameters_of_model_or_guide() -> None:
@@ -218,7 +224,7 @@ def test_the_loss_itself_has_the_guides_gradients_alone() -> None:
         assert all(p.grad is None or not bool(p.grad.any()) for p in estimator.parameters())
 
 
-# ---- when estimators learn ---------------------------------------------------------------------------
+# ---- when estimators learn -----------------------------------------------------------------------
 
 
 def trained() -> tuple[TraceImplicit_ELBO, SVI]:
@@ -294,7 +300,7 @@ def test_number_of_score_updates(updates: int, expected: int) -> None:
 
 
 def test_diagnostics() -> None:
-    elbo, svi = trained()
+    elbo, _ = trained()
     diagnostics = elbo.diagnostics()
     assert diagnostics.keys() == {"g", "z"}
     for site in diagnostics.values():
@@ -303,7 +309,7 @@ def test_diagnostics() -> None:
     assert TraceImplicit_ELBO().diagnostics() == {}
 
 
-# ---- random numbers, dtype ---------------------------------------------------------------------------
+# ---- random numbers, dtype -----------------------------------------------------------------------
 
 
 def test_building_an_estimator_does_not_shift_the_random_stream() -> None:

@@ -26,7 +26,7 @@ def test_shapes_with_context(batch: tuple[int, ...], sample: tuple[int, ...], di
     assert q.event_shape == (dim,)
     assert q.rsample(sample).shape == sample + batch + (dim,)
     assert q.sample(sample).shape == sample + batch + (dim,)
-    assert q.zero_noise().shape == batch + (dim,)
+    assert q.zero_noise().shape == (*batch, dim)
 
 
 def test_shapes_without_context() -> None:
@@ -77,7 +77,9 @@ def test_zero_noise_is_the_samplers_output_for_zero() -> None:
 
 
 def test_to_takes_dtype_of_the_context() -> None:
-    assert Implicit(affine, 2, torch.randn(5, 2, dtype=torch.float64)).sample().dtype == torch.float64
+    assert (
+        Implicit(affine, 2, torch.randn(5, 2, dtype=torch.float64)).sample().dtype == torch.float64
+    )
 
 
 @pytest.mark.parametrize("wrap", ["independent", "mask", "transform", "expand_by", "all"])
@@ -104,7 +106,9 @@ def test_not_found_in_other_distributions() -> None:
 def test_surrogate_is_zero_with_the_scores_gradient(
     float64: None, event_shape: tuple[int, ...]
 ) -> None:
-    q = Implicit(lambda e: e, dist.Normal(torch.zeros(5, *event_shape), 1.0).to_event(len(event_shape)))
+    q = Implicit(
+        lambda e: e, dist.Normal(torch.zeros(5, *event_shape), 1.0).to_event(len(event_shape))
+    )
     score = torch.randn(4, 5, *event_shape)
     q.score = lambda fn, at: score
     z = torch.randn(4, 5, *event_shape, requires_grad=True)

@@ -76,14 +76,18 @@ def test_equivariant_under_axis_scales_and_shifts(
         frame = whitening.frame(folds.flatten(0, 1))
         results.append((frame.whiten(value), frame.pull_back(-frame.whiten(value))))
     (w_y, score_y), (w_z, score_z) = results
-    # a negative scale mirrors w (up to the rotation that goes with it), never its length
-    torch.testing.assert_close(w_y.norm(dim=-1), w_z.norm(dim=-1), rtol=1e-9, atol=0)
-    torch.testing.assert_close(score_z, score_y / a, rtol=1e-9, atol=1e-12)
+    # Rounding is relative to the largest entry: skewed draws are correlated up to 1 - 1e-4 or so.
+    # A negative scale mirrors w (up to the rotation that goes with it), and never its length.
+    lengths = w_y.norm(dim=-1), w_z.norm(dim=-1)
+    assert float((lengths[0] - lengths[1]).abs().max() / lengths[0].max()) < 1e-9
+    assert float((a * score_z - score_y).abs().max() / score_y.abs().max()) < 1e-9
     if mode == "diagonal":
-        torch.testing.assert_close(w_z, signs * w_y, rtol=1e-9, atol=1e-12)
+        assert float((w_z - signs * w_y).abs().max() / w_y.abs().max()) < 1e-9
 
 
-@pytest.mark.parametrize(("mode", "conditional"), [("full", True), ("full", False), ("pooled", False)])
+@pytest.mark.parametrize(
+    ("mode", "conditional"), [("full", True), ("full", False), ("pooled", False)]
+)
 def test_equivariant_under_affine_maps(float64: None, mode: Any, conditional: bool) -> None:
     """z = A y + b: the Gaussian score of z is A^-T times that of y.
 
@@ -186,7 +190,7 @@ def test_pooled_statistics_of_an_update_are_those_of_earlier_ones(conditional: b
 
 
 def test_variance_is_that_of_a_gaussian_draw(float64: None) -> None:
-    """With moments of S other draws, w of a Gaussian is Student's t: its variance, by simulation."""
+    """With moments of S other draws, w of a Gaussian is a Student's t: its variance."""
     rows, count = 40_000, 12
     for mode, dim in (("diagonal", 1), ("full", 2)):
         frame = Whitening(dim, True, mode=mode).frame(torch.randn(count, rows, dim))
