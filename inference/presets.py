@@ -58,6 +58,12 @@ class Config:
     """Data points of a minibatch."""
     learning_rate: float = 5e-4
     """Step size of Adam."""
+    decoder_learning_rate: float | None = None
+    """Step size for the decoder; that of the rest by default."""
+    num_particles: int = 1
+    """Draws of the guide per data point and step."""
+    decoder_input_scale: float = 1.0
+    """25 Gaussians: factor on the latent before the decoder's first layer."""
     activation: Literal["silu", "elu", "relu", "softplus"] = "silu"
     """Activation of all networks."""
     centred: bool = False
@@ -65,9 +71,13 @@ class Config:
     average_decay: float = 0.9998
     """Decay of the Polyak average of the weights, which is what is evaluated; 0 turns it off."""
     beta_start: float = 1.0
-    """Weight of the KL terms at the first step."""
+    """Weight of the KL terms at the first step, in (0, 1]."""
     beta_steps: int = 0
-    """Steps over which that weight rises to 1, linearly."""
+    """Steps over which that weight rises to 1, geometrically."""
+    decay_start: int = 0
+    """Step at which the step size begins to fall."""
+    decay_steps: int = 0
+    """Steps over which it falls linearly to a hundredth; 0 keeps it constant."""
     clip_norm: float | None = None
     """Largest norm of the gradient; not clipped by default."""
 
@@ -77,6 +87,10 @@ class Config:
     """Implicit guide: whether the sampler deviates from a Gaussian, or is a network throughout."""
     score_hidden_dim: int = 64
     """Implicit guide: width of the score network."""
+    score_learning_rate: float = 4e-3
+    """Implicit guide: step size of the score network."""
+    score_folds: int = 4
+    """Implicit guide: optimizer steps of the score network per update."""
     num_score_samples: int = 16
     """Implicit guide: samples per data point in an update of the score network."""
     num_score_updates: int = 1
@@ -115,13 +129,23 @@ MAY_DIFFER = (
 _TOY = Config(
     task="25gaussians",
     guide="gaussian",
-    steps=10_000,
-    batch_size=512,
-    learning_rate=1e-3,
-    activation="relu",
-    average_decay=0.99,
+    steps=8000,
+    batch_size=64,
+    num_particles=8,
+    learning_rate=2e-3,
+    decoder_learning_rate=4e-3,
+    decoder_input_scale=6.0,
+    activation="silu",
+    average_decay=0.995,
+    beta_start=0.4,
+    beta_steps=1500,
+    decay_start=3000,
+    decay_steps=5000,
     noise_dim=10,
     gaussian_base=False,
+    score_learning_rate=8e-3,
+    score_folds=8,
+    num_score_samples=32,
     valid_every=1000,
     valid_points=1000,
     valid_samples=200,
@@ -166,8 +190,13 @@ def build_vae(config: Config, *, name: str = "vae") -> VAE:
     activation = ACTIVATIONS[config.activation]
     compute_dtype = torch.bfloat16 if config.precision == "bf16" else None
     if config.task == "25gaussians":
-        data_dim, latent_dim, hidden = 2, 2, 256
-        decoder: torch.nn.Module = NormalDecoder(latent_dim, activation=activation)
+        data_dim, latent_dim, hidden = 2, 2, 128
+        decoder: torch.nn.Module = NormalDecoder(
+            latent_dim,
+            hidden_dims=(hidden, hidden),
+            activation=activation,
+            input_scale=config.decoder_input_scale,
+        )
     else:
         data_dim, latent_dim, hidden = NUM_PIXELS, LATENT_DIM, 300
         decoder = BernoulliDecoder(latent_dim, activation=activation, compute_dtype=compute_dtype)
@@ -196,10 +225,23 @@ def build_vae(config: Config, *, name: str = "vae") -> VAE:
 
 def build_loss(config: Config) -> ELBO:
     """Builds the loss for :class:`pyro.infer.SVI`."""
+    particles = {
+        "num_particles": config.num_particles,
+        "vectorize_particles": config.num_particles > 1,
+        "max_plate_nesting": 1,
+    }
     if config.guide == "gaussian":
-        return Trace_ELBO()
+        return Trace_ELBO(**particles)
+    estimator = partial(
+        ARDAE,
+        hidden_dim=config.score_hidden_dim,
+        learning_rate=config.score_learning_rate,
+        num_folds=config.score_folds,
+        autocast=config.precision == "bf16",
+    )
     return TraceImplicit_ELBO(
-        partial(ARDAE, hidden_dim=config.score_hidden_dim, autocast=config.precision == "bf16"),
+        estimator,
+        **particles,
         num_score_samples=config.num_score_samples,
         num_score_updates=config.num_score_updates,
     )

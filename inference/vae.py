@@ -72,7 +72,14 @@ class Training:
         self.data = data
         self.vae = build_vae(config)
         self.loss: ELBO = build_loss(config)
-        adam = torch.optim.Adam(self.vae.parameters(), lr=config.learning_rate, fused=True)
+        decoder_rate = config.decoder_learning_rate or config.learning_rate
+        rest = [*self.vae.trunk.parameters(), *self.vae.head.parameters()]
+        groups = [
+            {"params": rest, "lr": config.learning_rate},
+            {"params": [*self.vae.decoder.parameters()], "lr": decoder_rate},
+        ]
+        self.rates = [config.learning_rate, decoder_rate]
+        adam = torch.optim.Adam(groups, fused=True)
         self.optim = TorchOptim(self.vae, adam, clip_norm=config.clip_norm)
         self.svi = SVI(self.vae.model, self.vae.guide, self.optim, loss=self.loss)
         self.average = AveragedModel(self.vae, multi_avg_fn=self._average)
@@ -85,9 +92,16 @@ class Training:
         """Weight of the KL terms at the next step."""
         if self.steps_done >= self.config.beta_steps:
             return 1.0
-        done = self.steps_done / self.config.beta_steps
-        # Pyro refuses a scale of 0.
-        return max(self.config.beta_start + done * (1 - self.config.beta_start), 1e-8)
+        remaining = 1 - self.steps_done / self.config.beta_steps
+        return float(self.config.beta_start**remaining)
+
+    @property
+    def decay(self) -> float:
+        """Factor on the step sizes of the next step: 1, then falling linearly to a hundredth."""
+        past = self.steps_done - self.config.decay_start
+        if self.config.decay_steps == 0 or past < 0:
+            return 1.0
+        return max(0.01, 1 - past / self.config.decay_steps)
 
     @property
     def averaged(self) -> VAE:
@@ -97,6 +111,8 @@ class Training:
     def step(self) -> float:
         """Takes one training step; returns the loss per data point."""
         x = self.data.minibatch(self.steps_done).to(self.config.device)
+        for group, rate in zip(self.optim.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.decay
         loss = self.svi.step(x, self.beta) / len(x)
         self.steps_done += 1
         if self.steps_done % AVERAGE_EVERY == 0:

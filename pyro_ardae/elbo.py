@@ -214,18 +214,19 @@ class _ImplicitELBO:
     def _attach(self, name: str, fn: Implicit, value: Tensor) -> None:
         """Give ``fn`` its score: draw from it, let the site's estimator learn, and bind it."""
         dims = len(fn.event_shape)
-        context = None if fn.context is None else fn.context.detach()
+        source = fn.distinct()
+        context = None if source.context is None else source.context.detach()
         site = self._site(name, fn, value)
 
         def flat(z: Tensor) -> Tensor:
             return z.flatten(-dims) if dims else z.unsqueeze(-1)
 
-        count = self.num_score_samples or max(16, 2048 // max(1, fn.batch_shape.numel()))
-        center = flat(fn.zero_noise()) if site.estimator.needs_center else None
+        count = self.num_score_samples or max(16, 2048 // max(1, source.batch_shape.numel()))
+        center = flat(source.zero_noise()) if site.estimator.needs_center else None
 
         def draw() -> Tensor:
             with torch.no_grad(), poutine.block():
-                samples = flat(fn.rsample(torch.Size((count,))))
+                samples = flat(source.rsample(torch.Size((count,))))
             if not torch.isfinite(samples.sum()):
                 raise ValueError(
                     f"implicit site '{name}': its sampler returned non-finite values. The step was "

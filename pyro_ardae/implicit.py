@@ -87,21 +87,21 @@ class Implicit(TorchDistribution):
                     f"Implicit: batch shape {tuple(noise.batch_shape)} of the noise does not "
                     f"broadcast with {tuple(context.shape[:-1])} of the context."
                 ) from error
-        self._set(sampler, noise, context, None, Size(batch_shape), event_shape)
+        self._set(sampler, noise, context, Size(batch_shape), event_shape)
+        self.unexpanded = self
+        self.score: ScoreFunction | None = None
 
     def _set(
         self,
         sampler: Sampler,
         noise: Distribution,
         context: Tensor | None,
-        score: ScoreFunction | None,
         batch_shape: Size,
         event_shape: Size,
     ) -> None:
         self.sampler = sampler
         self.noise = noise.expand(batch_shape)
         self.context = None if context is None else context.expand(batch_shape + context.shape[-1:])
-        self.score = score
         super().__init__(batch_shape, event_shape, validate_args=False)
 
     @constraints.dependent_property(is_discrete=False)
@@ -111,11 +111,24 @@ class Implicit(TorchDistribution):
         return constraints.independent(constraints.real, dims) if dims else constraints.real
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Implicit:
-        """Expand noise and context to ``batch_shape``: new rows get noise of their own."""
+        """Expand noise and context to ``batch_shape``: new rows get noise of their own.
+
+        What was expanded stays at hand as ``unexpanded``: its rows are distinct, so a score is
+        learned there, however many particles there are.
+        """
         new: Implicit = type(self).__new__(type(self))
         shape = Size(batch_shape)
-        new._set(self.sampler, self.noise, self.context, self.score, shape, self.event_shape)
+        new._set(self.sampler, self.noise, self.context, shape, self.event_shape)
+        new.unexpanded, new.score = self.unexpanded, self.score
         return new
+
+    def distinct(self) -> Implicit:
+        """A distribution with this one's rows, each once where a leading dimension repeats them."""
+        shape = self.unexpanded.batch_shape
+        while shape and shape[0] == 1:
+            shape = shape[1:]
+        repeats = self.batch_shape[len(self.batch_shape) - len(shape) :] == shape
+        return self.unexpanded if repeats else self
 
     def rsample(self, sample_shape: Any = Size()) -> Tensor:
         """Draw ``[*sample_shape, *batch, *event]``, differentiable.

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork
+from pyro_ardae.score.student import Student
 from pyro_ardae.score.trained import TrainedEstimator
 from pyro_ardae.score.whitening import Frame, Mode, Whitening
 
@@ -33,8 +34,8 @@ class ARDAE(TrainedEstimator):
     (:class:`~pyro_ardae.score.paper.PaperARDAE`):
 
     - f acts on :math:`w = A_c (z - m_c)`, with moments of other draws of the same q, and is
-      the score of a Gaussian plus a network: :math:`f = -w / (1 + \sigma^2) + r(w, \sigma, c)`.
-      It starts as the moment-matched Gaussian and learns how q deviates; :math:`\delta` is relative
+      a network plus the score of what w would be for a Gaussian q, a Student's t, as the moments
+      come from few draws. It starts there and learns how q deviates; :math:`\delta` is relative
       to q's own width.
     - The noise comes in pairs :math:`\pm u`, which cancels the O(:math:`\sigma`) part of the noise
       in the loss's gradient.
@@ -150,7 +151,7 @@ class ARDAE(TrainedEstimator):
         optimizer = self.optimizer
         total = z.new_zeros(())
         for fold in range(self.num_folds):
-            loss, gradient = self._loss(w[fold], features[fold], frame.variance)
+            loss, gradient = self._loss(w[fold], features[fold], frame.base)
             self.weights.grad = self._clipped(gradient)
             self.steps += 1
             ramp = min(1.0, self.steps / max(1, self.warm_up))
@@ -164,14 +165,14 @@ class ARDAE(TrainedEstimator):
         self.updates += 1
         return total / (self.num_folds * self.delta**2)
 
-    def _loss(self, w: Tensor, features: Tensor, variance: float) -> tuple[Tensor, Tensor]:
+    def _loss(self, w: Tensor, features: Tensor, base: Student) -> tuple[Tensor, Tensor]:
         """Denoising loss on antithetic pairs, and its gradient; the Gaussian in closed form."""
         sigma = self.delta * torch.randn(*w.shape[:-1], 1, dtype=w.dtype, device=w.device)
         u = torch.randn_like(w)
         step = sigma * u
         x = torch.cat([w + step, w - step])
         sigma, u = torch.cat([sigma, sigma]), torch.cat([u, -u])
-        target = torch.addcdiv(u, sigma * x, variance + sigma.square(), value=-1.0)
+        target = torch.addcmul(u, sigma, base.score(x, sigma.square()))
         with torch.autocast(w.device.type, torch.bfloat16, enabled=self.autocast):
             return self.network.loss(self.weights, x, sigma, features, target, sigma)
 
@@ -222,7 +223,7 @@ class ARDAE(TrainedEstimator):
         frame, w, features = self._query(value, samples, context)
         with torch.autocast(w.device.type, torch.bfloat16, enabled=self.autocast):
             r = self.network.field(self.averaged, w, w.new_zeros(*w.shape[:-1], 1), features)
-        score = frame.pull_back(r - w / frame.variance)
+        score = frame.pull_back(r + frame.base.score(w))
         return score.reshape(value.shape)
 
     @torch.no_grad()
@@ -236,9 +237,9 @@ class ARDAE(TrainedEstimator):
     ) -> Float[Tensor, "N *batch"]:
         r"""The normalized log density,
 
-        .. math:: \log N(w; 0, v I) - E(w, 0, c) - \log \hat Z(c) + \log |\det A_c|.
+        .. math:: \log t(w) - E(w, 0, c) - \log \hat Z(c) + \log |\det A_c|.
 
-        Z is estimated by ``num_normalizer_samples`` draws of the Gaussian, the same for all values.
+        Z is estimated by ``num_normalizer_samples`` draws of the t, the same for all values.
 
         :raises NotImplementedError: with the residual parametrization.
         """
@@ -246,16 +247,14 @@ class ARDAE(TrainedEstimator):
             return super().log_prob(value, samples, context)
         frame, w, features = self._query(value, samples, context)
         shape = (self.num_normalizer_samples, *w.shape[1:])
-        draws = math.sqrt(frame.variance) * torch.randn(shape, dtype=w.dtype, device=w.device)
+        draws = frame.base.sample(torch.Size(shape), w)
         points = torch.cat([w, draws])
         sigma = points.new_zeros(*points.shape[:-1], 1)
         energy = self.network.energy(self.averaged, points, sigma, features)
         energy, of_draws = energy.split([len(w), len(draws)])
         log_z = torch.logsumexp(-of_draws, 0) - math.log(self.num_normalizer_samples)
-        square = w.square().sum(-1) / frame.variance
-        gaussian = -0.5 * (square + self.dim * math.log(2 * math.pi * frame.variance))
         volume = frame.log_abs_det()
-        result = gaussian - energy + volume - log_z
+        result = frame.base.log_prob(w) - energy + volume - log_z
         return result.reshape(value.shape[:-1])
 
     def _query(

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from pyro_ardae.score.student import Student
+
+_GAUSSIAN = Student(math.inf, 1.0)
 
 __all__ = ["Frame", "Mode", "Whitening"]
 
@@ -25,8 +30,8 @@ class Frame(NamedTuple):
     """``[..., 1, B, D]``, the scales that the network sees."""
     unmix: Tensor
     r"""U in :math:`A = U \mathrm{diag}(1 / scale)`: ``[D, D]`` or ``[..., B, D, D]``."""
-    variance: float
-    """Variance of w when q is Gaussian and the frame comes from few draws."""
+    base: Student
+    """The law of w if q is Gaussian, given how many draws the frame comes from."""
 
     def whiten(self, z: Tensor) -> Tensor:
         """``z [..., n, B, D]`` in whitened coordinates."""
@@ -201,14 +206,14 @@ class Whitening(nn.Module):
     def _pooled_frame(self, batch: tuple[int, ...]) -> Frame:
         shape = (*batch, self.dim)
         scale = self.pooled_cov.diagonal().clamp_min(1e-30).sqrt()
-        return Frame(self.pooled_mean.expand(shape), scale.expand(shape), self.unmix, 1.0)
+        return Frame(self.pooled_mean.expand(shape), scale.expand(shape), self.unmix, _GAUSSIAN)
 
     def _scaled_frame(self, mean: Tensor, variance: Tensor, draws: int) -> Frame:
         if self.mode == "none":
-            return Frame(torch.zeros_like(mean), torch.ones_like(mean), self.unmix, 1.0)
+            return Frame(torch.zeros_like(mean), torch.ones_like(mean), self.unmix, _GAUSSIAN)
         # A context far thinner than the others would turn rounding errors into outliers.
         floor = 1e-6 * variance.mean(-2, keepdim=True) + 1e-20
-        return Frame(mean, variance.maximum(floor).sqrt(), self.unmix, _spread(draws, 1))
+        return Frame(mean, variance.maximum(floor).sqrt(), self.unmix, Student.predictive(draws))
 
     def _full_frame(self, mean: Tensor, cov: Tensor, draws: int) -> Frame:
         scale = cov.diagonal(dim1=-2, dim2=-1).clamp_min(1e-20).sqrt()
@@ -216,11 +221,4 @@ class Whitening(nn.Module):
         eye = torch.eye(self.dim, dtype=cov.dtype, device=cov.device)
         factor = torch.linalg.cholesky(corr + 1e-5 * eye)
         unmix = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-        return Frame(mean, scale.unsqueeze(-3), unmix, _spread(draws, self.dim))
-
-
-def _spread(draws: int, dim: int) -> float:
-    """Variance of a Gaussian draw whitened with moments of ``draws`` others (a Student-t's)."""
-    if draws < dim + 3:
-        return 1.0
-    return (draws - 1) / (draws - dim - 2) * (1 + 1 / draws)
+        return Frame(mean, scale.unsqueeze(-3), unmix, Student.predictive(draws, self.dim))

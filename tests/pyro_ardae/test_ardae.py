@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_ardae.score import ARDAE
 from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork
+from pyro_ardae.score.student import Student
 
 KINDS = ["residual", "energy"]
 MODES = ["pooled", "full", "diagonal", "none"]
@@ -124,16 +125,16 @@ def test_antithetic_loss_is_the_plain_definition_on_given_noise(float64: None, k
     estimator = ARDAE(3, 4, parametrization=kind, hidden_dim=6, depth=2).double()
     estimator.weights += 0.3 * torch.randn_like(estimator.weights)
     features = torch.randn(5, estimator.network.feature_dim)
-    w, variance = torch.randn(7, 5, 3), 1.3
+    w, base = torch.randn(7, 5, 3), Student(9.0, 1.3)
     state = torch.get_rng_state()
-    loss, _ = estimator._loss(w, features, variance)
+    loss, _ = estimator._loss(w, features, base)
     torch.set_rng_state(state)
     sigma, u = estimator.delta * torch.randn(7, 5, 1), torch.randn(7, 5, 3)
     terms = []
     for sign in (1, -1):
         x = w + sigma * sign * u
         r = estimator.network.field(estimator.weights, x, sigma, features)
-        f = -x / (variance + sigma**2) + r
+        f = -x * (1 + 1 / 9) / (1.3 + sigma**2 + x**2 / 9) + r
         terms.append((sign * u + sigma * f).square().mean())
     torch.testing.assert_close(loss, torch.stack(terms).mean(), rtol=1e-12, atol=0)
 

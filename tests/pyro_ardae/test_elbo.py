@@ -310,7 +310,7 @@ class Messenger(GuideMessenger):
 def test_guide_messenger(float64: None, particles: int) -> None:
     """poutine.unwrap() must find the GuideMessenger: as a plain guide its gradient is wrong."""
     x, model, results = data()[0], Model(), []
-    shapes = {"g": (1, D), "z": (1, B, D)}
+    shapes = {"g": (1, D), "z": (B, D)}  # rows of one q are so many values of it
     for normal in (None, PathNormal):
         guide = Messenger(model, Guide(normal))
         if normal is None:

@@ -144,3 +144,17 @@ def test_wrappers_keep_event_dims() -> None:
     assert q.batch_shape == ()
     assert q.event_shape == (5, 2)
     assert q.rsample(Size((3,))).shape == (3, 5, 2)
+
+
+def test_distinct_rows_of_an_expanded_distribution() -> None:
+    """Leading repeats (particles, plates around a global site) are undone, others are kept."""
+    context = torch.randn(3, 2)
+    q = Implicit(lambda eps, c: eps + c, 2, context)
+    assert q.distinct() is q
+    assert q.expand([4, 3]).distinct() is q
+    assert q.expand([4, 3]).expand([5, 4, 3]).distinct() is q
+    scalar = Implicit(lambda eps: eps, 2)
+    assert scalar.expand([7]).distinct() is scalar
+    column = Implicit(lambda eps, c: eps + c, 2, context.unsqueeze(1))
+    wide = column.expand([3, 4])
+    assert wide.distinct() is wide
