@@ -62,6 +62,8 @@ class Config:
     """Step size for the decoder; that of the rest by default."""
     num_particles: int = 1
     """Draws of the guide per data point and step."""
+    decoder_activation: Literal["silu", "elu", "relu", "softplus", "tanh"] | None = None
+    """Activation of the decoder; that of the rest by default."""
     decoder_input_scale: float = 1.0
     """25 Gaussians: factor on the latent before the decoder's first layer."""
     activation: Literal["silu", "elu", "relu", "softplus"] = "silu"
@@ -134,11 +136,12 @@ _TOY = Config(
     num_particles=8,
     learning_rate=2e-3,
     decoder_learning_rate=4e-3,
-    decoder_input_scale=6.0,
+    decoder_activation="tanh",
+    decoder_input_scale=4.0,
     activation="silu",
     average_decay=0.995,
     beta_start=0.4,
-    beta_steps=1500,
+    beta_steps=1000,
     decay_start=3000,
     decay_steps=5000,
     noise_dim=10,
@@ -194,12 +197,16 @@ def build_vae(config: Config, *, name: str = "vae") -> VAE:
         decoder: torch.nn.Module = NormalDecoder(
             latent_dim,
             hidden_dims=(hidden, hidden),
-            activation=activation,
+            activation=ACTIVATIONS[config.decoder_activation or config.activation],
             input_scale=config.decoder_input_scale,
         )
     else:
         data_dim, latent_dim, hidden = NUM_PIXELS, LATENT_DIM, 300
-        decoder = BernoulliDecoder(latent_dim, activation=activation, compute_dtype=compute_dtype)
+        decoder = BernoulliDecoder(
+            latent_dim,
+            activation=ACTIVATIONS[config.decoder_activation or config.activation],
+            compute_dtype=compute_dtype,
+        )
     trunk = MLP(
         (data_dim, hidden, hidden),
         activation=activation,

@@ -48,6 +48,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
 }
 
 

@@ -54,7 +54,7 @@ class TrainedEstimator(ScoreEstimator):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self._optimizer is not None:  # its state follows the parameters to their device
-            for state in self._optimizer.state.values():
-                for key, entry in state.items():
-                    state[key] = fn(entry) if key != "step" else entry
+            for parameter, state in self._optimizer.state.items():
+                for key, entry in state.items():  # the counter keeps its dtype
+                    state[key] = fn(entry) if key != "step" else entry.to(parameter.device)
         return self
