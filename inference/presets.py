@@ -172,9 +172,11 @@ PRESETS: dict[str, tuple[str, Config]] = {
         dataclasses.replace(_TOY, guide="implicit"),
     ),
     "25gaussians-gaussian": (
-        "25 Gaussians, Gaussian guide. It ignores its latents: test log p(x) -4.94 after 300 steps "
-        "and for good.",
-        _TOY,
+        "25 Gaussians, Gaussian guide: the same schedule over 2.4 times as many steps, which take the "
+        "same time.",
+        dataclasses.replace(
+            _TOY, steps=10_800, beta_steps=2400, decay_start=4800, decay_steps=6000
+        ),
     ),
     "sbmnist-mlp-implicit": (
         "Binarized MNIST, MLP, implicit guide.",
