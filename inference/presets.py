@@ -168,23 +168,24 @@ _MNIST = Config(
 #: Description and options by name; the figures are those of one core of a server CPU.
 PRESETS: dict[str, tuple[str, Config]] = {
     "25gaussians-implicit": (
-        "25 Gaussians, implicit guide.",
+        "25 Gaussians, implicit guide. Test log p(x) -3.86 after 2 minutes of one core.",
         dataclasses.replace(_TOY, guide="implicit"),
     ),
     "25gaussians-gaussian": (
-        "25 Gaussians, Gaussian guide: the same schedule over 2.4 times as many steps, which take the "
-        "same time.",
+        "25 Gaussians, Gaussian guide: the same schedule over 2.4 times as many steps, which take no "
+        "longer. Test log p(x) -3.91.",
         dataclasses.replace(
             _TOY, steps=10_800, beta_steps=2400, decay_start=4800, decay_steps=6000
         ),
     ),
     "sbmnist-mlp-implicit": (
-        "Binarized MNIST, MLP, implicit guide.",
+        "Binarized MNIST, MLP, implicit guide. Validation log p(x) -105.0 after 2,000 steps, -93.8 "
+        "after 10,000, which take 6 minutes of one core.",
         dataclasses.replace(_MNIST, guide="implicit", steps=10_000),
     ),
     "sbmnist-mlp-gaussian": (
-        "Binarized MNIST, MLP, Gaussian guide. After 25,000 steps: test ELBO -93.3, log p(x) -89.7 "
-        "(all images, 500 samples of its own posterior).",
+        "Binarized MNIST, MLP, Gaussian guide. Test ELBO -93.0, log p(x) -89.2 (all images, 500 "
+        "samples of its own posterior); 5 minutes of one core, then 2 of evaluation.",
         _MNIST,
     ),
 }

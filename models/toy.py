@@ -63,10 +63,9 @@ class NormalDecoder(nn.Module):
     :param int data_dim: width of a data point.
     :param tuple[int, ...] hidden_dims: widths of the hidden layers.
     :param type[nn.Module] activation: activation of the hidden layers.
-    :param float input_scale: factor on the latent before the first layer. Cells of the latent space
-        that are separated by steps far narrower than a standard deviation are found ten times
-        sooner with features of that scale: exact maximum likelihood is at -4.30 after 500 steps
-        with 5, and still at -4.75 with 1.
+    :param float input_scale: factor on the latent before the first layer. The cells of the latent
+        space are far narrower than a standard deviation, and features of that scale find their
+        borders sooner.
     :param float min_scale: lower limit of the scale; keeps the likelihood bounded.
     """
 
