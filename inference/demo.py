@@ -4,8 +4,8 @@
 """The demonstration: ``python -m inference.demo``, which is what ``make demo`` runs.
 
 Trains a VAE on the 25 Gaussians twice, with an implicit and with a Gaussian guide, for the same
-wall-clock time, one after the other. The posterior of this model has several separated modes, which
-no Gaussian guide can follow.
+wall-clock time, one after the other. The posteriors of this model are
+cells with sharp edges, which a Gaussian guide can only fill in part.
 """
 
 from __future__ import annotations
