@@ -16,6 +16,7 @@ import tyro
 from pyro.infer import ELBO, Trace_ELBO
 
 from inference.data import BinarizedMNIST, Dataset, ToyData, load_binarized_mnist
+from inference.errors import UserError
 from models.guides import GaussianGuide, ImplicitGuide
 from models.mnist import LATENT_DIM, NUM_PIXELS, BernoulliDecoder
 from models.networks import ACTIVATIONS, MLP
@@ -193,6 +194,8 @@ PRESETS: dict[str, tuple[str, Config]] = {
 
 def build_vae(config: Config, *, name: str = "vae") -> VAE:
     """Builds model and guide; ``name`` as in :class:`models.vae.VAE`."""
+    if not 0 < config.beta_start <= 1:
+        raise UserError(f"--beta-start: expected a weight in (0, 1], found {config.beta_start}")
     activation = ACTIVATIONS[config.activation]
     compute_dtype = torch.bfloat16 if config.precision == "bf16" else None
     if config.task == "25gaussians":

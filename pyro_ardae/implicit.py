@@ -88,7 +88,7 @@ class Implicit(TorchDistribution):
                     f"broadcast with {tuple(context.shape[:-1])} of the context."
                 ) from error
         self._set(sampler, noise, context, Size(batch_shape), event_shape)
-        self.unexpanded = self
+        self.expanded_from: Implicit | None = None
         self.score: ScoreFunction | None = None
 
     def _set(
@@ -113,22 +113,25 @@ class Implicit(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Implicit:
         """Expand noise and context to ``batch_shape``: new rows get noise of their own.
 
-        What was expanded stays at hand as ``unexpanded``: its rows are distinct, so a score is
+        What was expanded stays at hand as ``expanded_from``: its rows are distinct, so a score is
         learned there, however many particles there are.
         """
         new: Implicit = type(self).__new__(type(self))
         shape = Size(batch_shape)
         new._set(self.sampler, self.noise, self.context, shape, self.event_shape)
-        new.unexpanded, new.score = self.unexpanded, self.score
+        new.expanded_from, new.score = self.expanded_from or self, self.score
         return new
 
     def distinct(self) -> Implicit:
         """A distribution with this one's rows, each once where a leading dimension repeats them."""
-        shape = self.unexpanded.batch_shape
+        source = self.expanded_from
+        if source is None:
+            return self
+        shape = source.batch_shape
         while shape and shape[0] == 1:
             shape = shape[1:]
         repeats = self.batch_shape[len(self.batch_shape) - len(shape) :] == shape
-        return self.unexpanded if repeats else self
+        return source if repeats else self
 
     def rsample(self, sample_shape: Any = Size()) -> Tensor:
         """Draw ``[*sample_shape, *batch, *event]``, differentiable.

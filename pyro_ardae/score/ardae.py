@@ -101,6 +101,7 @@ class ARDAE(TrainedEstimator):
         _in_range("hidden_dim", hidden_dim, hidden_dim >= 1, ">= 1")
         _in_range("depth", depth, depth >= 1, ">= 1")
         _in_range("learning_rate", learning_rate, learning_rate > 0, "> 0")
+        _in_range("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
         _in_range("clip", clip, clip >= 1, ">= 1")
         _in_range("average", average, 0 <= average < 1, "in [0, 1)")
         if parametrization not in ("residual", "energy"):
