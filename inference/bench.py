@@ -93,7 +93,9 @@ def _build_step(variant: str, options: Step | Memory) -> Callable[[], Any]:
         batch_size=options.batch_size,
     )
     vae = build_vae(config, name=variant)
-    adam = torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
+    adam = torch.optim.Adam(
+        vae.parameters(), lr=config.learning_rate, eps=config.adam_eps, fused=True
+    )
     svi = SVI(vae.model, vae.guide, TorchOptim(vae, adam), loss=build_loss(config))
     # Pixels as dark as MNIST's: the arithmetic is the same for any.
     x = torch.bernoulli(torch.full((config.batch_size, 784), 0.13))

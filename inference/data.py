@@ -75,6 +75,9 @@ class Dataset(Protocol):
     resumed run sees the data of the uninterrupted one without any state to restore.
     """
 
+    mean: Tensor
+    """Mean of the training data, ``[X]``."""
+
     def minibatch(self, step: int) -> Tensor:
         """The training minibatch of a step, counted from 0: ``[batch_size, X]``."""
 
@@ -92,6 +95,7 @@ class ToyData:
     def __init__(self, batch_size: int, seed: int) -> None:
         self.batch_size = batch_size
         self.seed = seed
+        self.mean = torch.zeros(2)
 
     def minibatch(self, step: int) -> Tensor:
         return toy.sample(self.batch_size, generator=_generator(self.seed, 0, step))
@@ -113,6 +117,9 @@ class BinarizedMNIST:
         self.splits = {name: torch.from_numpy(rows) for name, rows in splits.items()}
         self.batch_size = min(batch_size, len(self.splits["train"]))
         self.seed = seed
+        parts = self.splits["train"].split(5000)  # unpacked at once it would be 157 MB
+        self.mean = torch.stack([unpack(part).sum(0) for part in parts]).sum(0)
+        self.mean /= len(self.splits["train"])
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from models.vae import VAE
 
-__all__ = ["density", "images", "mnist_figure", "save", "scatter", "toy_comparison", "toy_figure"]
+__all__ = [
+    "density",
+    "heat_map",
+    "images",
+    "mnist_figure",
+    "save",
+    "scatter",
+    "toy_comparison",
+    "toy_figure",
+]
 
 _NUM_POINTS = 4000
 
@@ -43,6 +52,25 @@ def density(axes: Axes, log_density: Tensor, *, title: str, limit: float) -> Axe
     values = (log_density - log_density.max()).exp().cpu().numpy()
     axis = np.linspace(-limit, limit, len(values))
     axes.contour(axis, axis, values, levels=[0.001, 0.01, 0.1, 0.5], cmap="Greys", linewidths=1)
+    axes.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    return axes
+
+
+def heat_map(
+    axes: Axes, masses: Tensor, *, title: str, extent: float, limit: float, top: float
+) -> Axes:
+    """Draws the masses of the cells of a square grid ``[n, n]`` (row: x, column: y) as colours.
+
+    :param Axes axes: where to draw.
+    :param Tensor masses: non-negative.
+    :param str title: title.
+    :param float extent: the grid covers ``[-extent, extent]^2``, ...
+    :param float limit: ... of which ``[-limit, limit]^2`` is shown.
+    :param float top: mass that gets the darkest colour.
+    """
+    corners = (-extent, extent, -extent, extent)
+    values = masses.mT.cpu().numpy()
+    axes.imshow(values, origin="lower", extent=corners, cmap="magma_r", vmin=0, vmax=top)
     axes.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     return axes
 

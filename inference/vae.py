@@ -70,7 +70,7 @@ class Training:
     def __init__(self, config: Config, data: Dataset) -> None:
         self.config = config
         self.data = data
-        self.vae = build_vae(config)
+        self.vae = build_vae(config, data.mean)
         self.loss: ELBO = build_loss(config)
         decoder_rate = config.decoder_learning_rate or config.learning_rate
         rest = [*self.vae.trunk.parameters(), *self.vae.head.parameters()]
@@ -79,7 +79,7 @@ class Training:
             {"params": [*self.vae.decoder.parameters()], "lr": decoder_rate},
         ]
         self.rates = [config.learning_rate, decoder_rate]
-        adam = torch.optim.Adam(groups, fused=True)
+        adam = torch.optim.Adam(groups, eps=config.adam_eps, fused=True)
         self.optim = TorchOptim(self.vae, adam, clip_norm=config.clip_norm)
         self.svi = SVI(self.vae.model, self.vae.guide, self.optim, loss=self.loss)
         self.average = AveragedModel(self.vae, multi_avg_fn=self._average)

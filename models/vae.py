@@ -26,8 +26,6 @@ class VAE(nn.Module):
         ``[latent_dim]``, e.g. :class:`~models.guides.GaussianGuide`.
     :param nn.Module decoder: latents ``[*, latent_dim]`` to a distribution over the data.
     :param int latent_dim: width of the latent.
-    :param bool centred: whether the trunk gets ``2 * x - 1`` in place of ``x``, for data in
-        ``[0, 1]``.
     :param str name: prefix of the parameters' names in Pyro's store; two models trained side by
         side need different ones.
     """
@@ -39,7 +37,6 @@ class VAE(nn.Module):
         decoder: nn.Module,
         *,
         latent_dim: int,
-        centred: bool = False,
         name: str = "vae",
     ) -> None:
         super().__init__()
@@ -47,7 +44,6 @@ class VAE(nn.Module):
         self.head = head
         self.decoder = decoder
         self.latent_dim = latent_dim
-        self.centred = centred
         self.name = name
 
     def prior(self, like: Tensor) -> dist.TorchDistribution:
@@ -77,7 +73,7 @@ class VAE(nn.Module):
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         """The guide's distribution of the latents of ``x``: batch shape ``[B]``."""
-        return self.head(self.trunk(2 * x - 1 if self.centred else x))
+        return self.head(self.trunk(x))
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """``log p(x, z)`` for data ``[B, X]`` and latents ``[*sample, B, latent_dim]``.

@@ -6,7 +6,7 @@
 Both are functions of one flat tensor of weights, so that an optimizer step and a running average
 are one operation each. The residual network's gradient is written out by hand: at the
 size that pays here (1,000 rows, 64 units) the bookkeeping of autograd costs as much as the
-arithmetic.
+arithmetic, and so does every pass over the rows that is no matrix product.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = ["EnergyNetwork", "ResidualNetwork"]
 class _Modulated:
     """SiLU layers of (w, sigma) with skip connections. An encoder of the features, run once per
     context, scales and shifts every layer (feature-wise linear modulation, Perez et al. 2018).
+    Shifts alone would be a fifth cheaper and, at equal time, leave a third more error.
     """
 
     def __init__(
@@ -71,32 +72,26 @@ class _Modulated:
         ]
 
     def encode(self, parts: list[Tensor], features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Films ``[B, 2 depth hidden]`` of ``features [B, K]``, and what their gradient needs."""
+        """Films ``[B, depth, 2, hidden]``: by layer, what is added to a scale of 1, and the shift.
+
+        :param features: ``[B, K]``.
+        :returns: the films (B = 1 without features), and what their gradient needs.
+        """
+        shape = -1, self.depth, 2, self.hidden_dim
         bias = parts[self.depth]
         if not self.feature_dim:
-            return bias.unsqueeze(0), []
+            return bias.view(shape), []
         first, first_bias, second, second_bias, last = parts[self.depth + 1 : self.depth + 6]
         a = torch.addmm(first_bias, features, first)
         g = F.silu(a)
         b = torch.addmm(second_bias, g, second)
         h = F.silu(b)
-        return torch.addmm(bias, h, last), [features, a, g, b, h]
+        return torch.addmm(bias, h, last).view(shape), [features, a, g, b, h]
 
-    def hidden(
-        self, parts: list[Tensor], w: Tensor, sigma: Tensor, films: Tensor
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-        """Last hidden layer ``[n, B, hidden]``; by layer its input, product, argument, scale."""
-        modulation = films.view(-1, self.depth, 2, self.hidden_dim)
-        h = torch.cat([w, 3 * sigma.abs(), 9 * sigma.square()], -1)
-        saved = []
-        for i in range(self.depth):
-            scale, shift = 1 + modulation[:, i, 0], modulation[:, i, 1]
-            product = h @ parts[i]
-            argument = torch.addcmul(shift, product, scale)
-            saved.append((h, product, argument, scale))
-            g = F.silu(argument)
-            h = h + g if i else g
-        return h, saved
+    @staticmethod
+    def inputs(w: Tensor, sigma: Tensor) -> Tensor:
+        """``[n, B, D + 2]``: w, and two functions of sigma of the order of 1."""
+        return torch.cat([w, 3 * sigma.abs(), 9 * sigma.square()], -1)
 
 
 class ResidualNetwork(_Modulated):
@@ -111,13 +106,24 @@ class ResidualNetwork(_Modulated):
     def __init__(self, dim: int, feature_dim: int, hidden_dim: int, depth: int) -> None:
         super().__init__(dim, feature_dim, hidden_dim, depth, [[hidden_dim, 2 * dim], [2 * dim]])
 
-    def field(self, flat: Tensor, w: Tensor, sigma: Tensor, features: Tensor) -> Tensor:
-        """``w [n, B, D]``, ``sigma [n, B, 1]``, ``features [B, K]`` to ``[n, B, D]``."""
-        parts = self.split(flat)
-        films, _ = self.encode(parts, features)
-        h, _ = self.hidden(parts, w, sigma, films)
-        a, b = (h @ parts[-2] + parts[-1]).to(w.dtype).chunk(2, -1)
-        return torch.addcmul(a, b, w)
+    def field(
+        self,
+        flat: Tensor,
+        w: Tensor,
+        sigma: Tensor,
+        features: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """``w [n, B, D]``, ``sigma [n, B, 1]``, ``features [B, K]`` to ``[n, B, D]``.
+
+        :param dtype: that of the hidden layers; the weights' own by default.
+        """
+        parts = self.split(flat if dtype is None else flat.to(dtype))
+        films, _ = self.encode(parts, features.to(parts[0].dtype))
+        h, _ = self._hidden(parts, self.inputs(w, sigma), films)
+        gate = torch.addmm(parts[-1], h, parts[-2]).to(w.dtype).view(*w.shape[:-1], -1)
+        return torch.addcmul(gate[..., : self.dim], gate[..., self.dim :], w)
 
     def loss(
         self,
@@ -127,34 +133,58 @@ class ResidualNetwork(_Modulated):
         features: Tensor,
         target: Tensor,
         weight: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean square of ``target + weight * field``, and its gradient by the flat weights."""
-        parts = self.split(flat)
-        films, encoded = self.encode(parts, features)
-        h, saved = self.hidden(parts, w, sigma, films)
-        a, b = (h @ parts[-2] + parts[-1]).to(w.dtype).chunk(2, -1)
-        error = torch.addcmul(target, weight, torch.addcmul(a, b, w))
+        parts = self.split(flat if dtype is None else flat.to(dtype))
+        films, encoded = self.encode(parts, features.to(parts[0].dtype))
+        h, saved = self._hidden(parts, self.inputs(w, sigma), films)
+        gate = torch.addmm(parts[-1], h, parts[-2]).to(w.dtype)
+        value, weight = w.reshape(-1, self.dim), weight.expand(*w.shape[:-1], 1).reshape(-1, 1)
+        field = torch.addcmul(gate[:, : self.dim], gate[:, self.dim :], value)
+        error = torch.addcmul(target.reshape(-1, self.dim), weight, field)
         loss = error.square().mean()
 
         grad = torch.empty_like(flat)
         grads = self.split(grad)
-        d_field = error.mul_(weight).mul_(2.0 / error.numel())
-        d_out = torch.cat([d_field, d_field * w], -1).flatten(0, 1)
-        grads[-2].copy_(h.flatten(0, 1).mT @ d_out)
-        grads[-1].copy_(d_out.sum(0))
-        d_hidden = d_out @ parts[-2].mT
-        d_films = torch.empty_like(films).view(-1, self.depth, 2, self.hidden_dim)
+        d_gate = gate  # no longer needed: its memory is
+        torch.mul(error, weight * (2.0 / error.numel()), out=d_gate[:, : self.dim])
+        torch.mul(d_gate[:, : self.dim], value, out=d_gate[:, self.dim :])
+        torch.sum(d_gate, 0, out=grads[-1])
+        d_gate = d_gate.to(h.dtype)
+        _product(h.mT, d_gate, grads[-2])
+        d_hidden = d_gate @ parts[-2].mT
+        d_films = torch.empty_like(films)
         for i in reversed(range(self.depth)):
-            below, product, argument, scale = saved[i]
-            d_argument = torch.ops.aten.silu_backward(d_hidden.view(argument.shape), argument)
-            d_films[:, i, 0] = (d_argument * product).sum(0).sum_to_size(scale.shape)
+            below, product, sigmoid, g, scale = saved[i]
+            # The derivative of SiLU. torch's own takes the sigmoid again: twice as long.
+            slope = torch.addcmul(sigmoid, sigmoid, g, value=-1).add_(g)
+            d_argument = slope.mul_(d_hidden.view(slope.shape))
+            d_films[:, i, 0] = product.mul_(d_argument).sum(0).sum_to_size(scale.shape)
             d_films[:, i, 1] = d_argument.sum(0).sum_to_size(scale.shape)
-            d_product = (d_argument * scale).flatten(0, 1)
-            grads[i].copy_(below.flatten(0, 1).mT @ d_product)
+            d_product = d_argument.mul_(scale).flatten(0, 1)
+            _product(below.mT, d_product, grads[i])
             if i:
-                d_hidden = torch.addmm(d_hidden, d_product, parts[i].mT)
+                d_hidden.addmm_(d_product, parts[i].mT)
         self._encoder_gradient(parts, grads, encoded, d_films.flatten(1))
         return loss, grad
+
+    def _hidden(
+        self, parts: list[Tensor], x: Tensor, films: Tensor
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]]:
+        """Last hidden layer ``[n B, hidden]``; by layer input, product, sigmoid, SiLU and scale."""
+        h = x.view(-1, x.shape[-1]).to(parts[0].dtype)
+        saved = []
+        for i in range(self.depth):
+            scale = 1 + films[:, i, 0]
+            product = (h @ parts[i]).view(*x.shape[:-1], self.hidden_dim)
+            argument = torch.addcmul(films[:, i, 1], product, scale)
+            sigmoid = argument.sigmoid()
+            g = argument * sigmoid
+            saved.append((h, product, sigmoid, g, scale))
+            h = g.flatten(0, 1) + h if i else g.flatten(0, 1)
+        return h, saved
 
     def _encoder_gradient(
         self, parts: list[Tensor], grads: list[Tensor], encoded: list[Tensor], d_films: Tensor
@@ -167,12 +197,12 @@ class ResidualNetwork(_Modulated):
         d_first, d_first_bias, d_second, d_second_bias, d_last = grads[
             self.depth + 1 : self.depth + 6
         ]
-        d_last.copy_(h.mT @ d_films)
+        _product(h.mT, d_films, d_last)
         d_b = torch.ops.aten.silu_backward(d_films @ last.mT, b)
-        d_second.copy_(g.mT @ d_b)
+        _product(g.mT, d_b, d_second)
         d_second_bias.copy_(d_b.sum(0))
         d_a = torch.ops.aten.silu_backward(d_b @ second.mT, a)
-        d_first.copy_(features.mT @ d_a)
+        _product(features.mT, d_a, d_first)
         d_first_bias.copy_(d_a.sum(0))
 
 
@@ -188,19 +218,40 @@ class EnergyNetwork(_Modulated):
         quadratic = [[hidden_dim if feature_dim else 1, 2 * dim]]
         super().__init__(dim, feature_dim, hidden_dim, depth, [[hidden_dim, 1], *quadratic])
 
-    def energy(self, flat: Tensor, w: Tensor, sigma: Tensor, features: Tensor) -> Tensor:
+    def energy(
+        self,
+        flat: Tensor,
+        w: Tensor,
+        sigma: Tensor,
+        features: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """``w [n, B, D]``, ``sigma [n, B, 1]``, ``features [B, K]`` to ``[n, B]``."""
         parts = self.split(flat)
-        films, encoded = self.encode(parts, features)
-        h, _ = self.hidden(parts, w, sigma, films)
-        quadratic = (encoded[-1] @ parts[-1] if encoded else parts[-1]).to(w.dtype)
-        a, b = quadratic.chunk(2, -1)
+        with torch.autocast(w.device.type, dtype, enabled=dtype is not None):
+            films, encoded = self.encode(parts, features)
+            h = self.inputs(w, sigma)
+            for i in range(self.depth):
+                g = F.silu(torch.addcmul(films[:, i, 1], h @ parts[i], 1 + films[:, i, 0]))
+                h = h + g if i else g
+            quadratic = encoded[-1] @ parts[-1] if encoded else parts[-1]
+            linear = h @ parts[-2]
+        a, b = quadratic.to(w.dtype).chunk(2, -1)
         bowl = (w * torch.addcmul(a, b, w)).sum(-1)
-        return (h @ parts[-2]).to(w.dtype).squeeze(-1) + bowl
+        return linear.to(w.dtype).squeeze(-1) + bowl
 
-    def field(self, flat: Tensor, w: Tensor, sigma: Tensor, features: Tensor) -> Tensor:
+    def field(
+        self,
+        flat: Tensor,
+        w: Tensor,
+        sigma: Tensor,
+        features: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """``[n, B, D]``: minus the gradient of the energy by w."""
-        return self._field(flat.detach(), w, sigma, features, create_graph=False)
+        return self._field(flat.detach(), w, sigma, features, dtype, create_graph=False)
 
     def loss(
         self,
@@ -210,20 +261,37 @@ class EnergyNetwork(_Modulated):
         features: Tensor,
         target: Tensor,
         weight: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean square of ``target + weight * field``, and its gradient by the flat weights."""
         with torch.enable_grad():
             flat = flat.detach().requires_grad_()
-            field = self._field(flat, w, sigma, features, create_graph=True)
+            field = self._field(flat, w, sigma, features, dtype, create_graph=True)
             loss = torch.addcmul(target, weight, field).square().mean()
             (grad,) = torch.autograd.grad(loss, flat)
         return loss.detach(), grad
 
     def _field(
-        self, flat: Tensor, w: Tensor, sigma: Tensor, features: Tensor, *, create_graph: bool
+        self,
+        flat: Tensor,
+        w: Tensor,
+        sigma: Tensor,
+        features: Tensor,
+        dtype: torch.dtype | None,
+        *,
+        create_graph: bool,
     ) -> Tensor:
         with torch.enable_grad():
             w = w.detach().requires_grad_()
-            energy = self.energy(flat, w, sigma, features).sum()
+            energy = self.energy(flat, w, sigma, features, dtype=dtype).sum()
             (gradient,) = torch.autograd.grad(energy, w, create_graph=create_graph)
         return -gradient
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write a product where it belongs, whatever the dtype of its factors."""
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)

@@ -30,7 +30,7 @@ class Student(NamedTuple):
     """Square of the scale, > 0."""
 
     @classmethod
-    def predictive(cls, draws: int, dim: int = 1) -> Student:
+    def predictive(cls, draws: float, dim: int = 1) -> Student:
         """That of a draw whitened with moments of ``draws`` others.
 
         :param draws: number of other draws, > ``dim``.

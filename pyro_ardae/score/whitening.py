@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_ardae.score.moments import Moments
 from pyro_ardae.score.student import Student
 
 _GAUSSIAN = Student(math.inf, 1.0)
@@ -71,7 +72,7 @@ class Whitening(nn.Module):
     updates, and whitened in full unless the mode says otherwise.
 
     :param dim: dimensions D of z.
-    :param conditional: whether there is a context.
+    :param context_dim: dimensions of the context; 0 for none.
     :param mode: see above.
     :param pooled_draws: draws over which pooled statistics effectively average, >= 1.
     :param low: lowest eigenvalue of the pooled correlation that is left alone, in (0, 1].
@@ -88,7 +89,7 @@ class Whitening(nn.Module):
     def __init__(
         self,
         dim: int,
-        conditional: bool,
+        context_dim: int,
         *,
         mode: Mode = "pooled",
         pooled_draws: int = 16_384,
@@ -100,7 +101,9 @@ class Whitening(nn.Module):
             raise ValueError(
                 f"whitening: expected 'pooled', 'full', 'diagonal' or 'none', got {mode!r}."
             )
-        self.dim, self.conditional, self.mode = dim, conditional, mode
+        self.dim, self.conditional, self.mode = dim, context_dim > 0, mode
+        regressed = 0 < context_dim <= Moments.MAX_CONTEXT_DIM and mode != "none"
+        self.moments = Moments(dim, context_dim) if regressed else None
         self.pooled_draws, self.low, self.high = pooled_draws, low, high
         self._warned = False
         self.register_buffer("pooled_mean", torch.zeros(dim))
@@ -111,12 +114,15 @@ class Whitening(nn.Module):
         self.register_buffer("fell_back", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
-    def held_out(self, folds: Tensor) -> Frame:
-        """Frames ``[F, …]`` of ``folds [F, n, B, D]``, each from the draws of the other folds."""
+    def held_out(self, folds: Tensor, context: Tensor) -> Frame:
+        """Frames ``[F, …]`` of ``folds [F, n, B, D]``, each from the draws of the other folds.
+
+        :param context: ``[B, C]``.
+        """
         count, n, rows, _ = folds.shape
         if self._from_pool:
             if self.pools == 0:
-                self.pool(folds)
+                self.pool(folds, context)
             return self._pooled_frame((count, 1, rows))
         rest = n * (count - 1)
         center = folds.mean((0, 1))
@@ -132,10 +138,10 @@ class Whitening(nn.Module):
             return self._full_frame(mean + center, cov * rest / (rest - 1), rest)
         square = centered.square().sum(1, keepdim=True)
         variance = (square.sum(0, keepdim=True) - square) / rest - mean.square()
-        return self._scaled_frame(mean + center, variance * rest / (rest - 1), rest)
+        return self._scaled_frame(mean + center, variance * rest / (rest - 1), rest, context)
 
     @torch.no_grad()
-    def frame(self, samples: Tensor) -> Frame:
+    def frame(self, samples: Tensor, context: Tensor) -> Frame:
         """Frames from ``samples [S, B, D]``, for values that are not among them."""
         count, rows, _ = samples.shape
         if self._from_pool:
@@ -147,11 +153,15 @@ class Whitening(nn.Module):
             cov = torch.einsum("sbi,sbj->bij", centered, centered) / (count - 1)
             return self._full_frame(mean, cov, count)
         variance = centered.square().sum(0, keepdim=True) / (count - 1)
-        return self._scaled_frame(mean, variance, count)
+        return self._scaled_frame(mean, variance, count, context)
 
     @torch.no_grad()
-    def pool(self, folds: Tensor) -> None:
+    def pool(self, folds: Tensor, context: Tensor) -> None:
         """Move the pooled statistics towards those of ``folds [F, n, B, D]``."""
+        if self.moments is not None and (self.mode != "full" or self.fell_back):
+            half = folds.shape[0] * folds.shape[1] // 2
+            halves = folds.flatten(0, 1)[: 2 * half].unflatten(0, (2, half))
+            self.moments.fit(halves, context)
         draws = folds.shape[:-1].numel()
         rate = max(min(1.0, draws / self.pooled_draws), 1.0 / (1.0 + float(self.pools)))
         if self.conditional:
@@ -171,7 +181,9 @@ class Whitening(nn.Module):
             scale = self.pooled_cov.diagonal().clamp_min(1e-30).sqrt()
             self.pooled_corr.copy_(self.pooled_cov / (scale.unsqueeze(-1) * scale))
         self.pools += 1
-        if self.mode == "pooled" or (self.mode == "full" and not self.conditional):
+        unmixes = self.mode == "pooled" or (self.mode == "full" and not self.conditional)
+        # It changes little from one update to the next, and an eigendecomposition takes a while.
+        if unmixes and (self.pools <= 16 or self.pools % 4 == 0):
             self._refresh_unmix(draws / rate)
 
     def _refresh_unmix(self, draws: float) -> None:
@@ -208,12 +220,15 @@ class Whitening(nn.Module):
         scale = self.pooled_cov.diagonal().clamp_min(1e-30).sqrt()
         return Frame(self.pooled_mean.expand(shape), scale.expand(shape), self.unmix, _GAUSSIAN)
 
-    def _scaled_frame(self, mean: Tensor, variance: Tensor, draws: int) -> Frame:
+    def _scaled_frame(self, mean: Tensor, variance: Tensor, draws: int, context: Tensor) -> Frame:
         if self.mode == "none":
             return Frame(torch.zeros_like(mean), torch.ones_like(mean), self.unmix, _GAUSSIAN)
         # A context far thinner than the others would turn rounding errors into outliers.
         floor = 1e-6 * variance.mean(-2, keepdim=True) + 1e-20
-        return Frame(mean, variance.maximum(floor).sqrt(), self.unmix, Student.predictive(draws))
+        scale, effective = variance.maximum(floor).sqrt(), float(draws)
+        if self.moments is not None:
+            mean, scale, effective = self.moments.combine(mean, scale, draws, context)
+        return Frame(mean, scale, self.unmix, Student.predictive(effective))
 
     def _full_frame(self, mean: Tensor, cov: Tensor, draws: int) -> Frame:
         scale = cov.diagonal(dim1=-2, dim2=-1).clamp_min(1e-20).sqrt()

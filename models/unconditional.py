@@ -1,0 +1,135 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Guides of one global latent vector: implicit, normalizing flow, Gaussian."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from models.networks import MLP
+from pyro_ardae import Implicit
+
+__all__ = ["FlowPosterior", "GaussianPosterior", "ImplicitPosterior"]
+
+
+class ImplicitPosterior(nn.Module):
+    r"""A Gaussian whose mean and factor are networks of further noise, which has no density.
+
+    .. math:: z = s\, \epsilon_{1:D} + \mu(c\, \epsilon) + (t I + L(c\, \epsilon))\, \epsilon'
+
+    :param int latent_dim: width D of the latent.
+    :param int noise_dim: width of the noise :math:`\epsilon`, D at least.
+    :param Sequence[int] hidden_dims: widths of the hidden layers.
+    :param type[nn.Module] activation: activation of the hidden layers.
+    :param float spread: s, the scale of the draws before training.
+    :param float width: t, the scale of the Gaussian before training.
+    :param float input_scale: c. Above 1 the network starts with the higher frequencies that narrow
+        and winding densities take.
+    :raises ValueError: if the noise is too narrow.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        noise_dim: int,
+        hidden_dims: Sequence[int],
+        activation: type[nn.Module] = nn.SiLU,
+        spread: float = 1.0,
+        width: float = 0.5,
+        input_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if noise_dim < latent_dim:
+            raise ValueError(
+                f"noise_dim: expected at least latent_dim = {latent_dim}, got {noise_dim}"
+            )
+        self.latent_dim = latent_dim
+        self.noise_dim = noise_dim
+        self.spread, self.width, self.input_scale = spread, width, input_scale
+        outputs = latent_dim * (1 + latent_dim)
+        self.net = MLP((noise_dim, *hidden_dims, outputs), activation=activation)
+
+    def forward(self) -> dist.TorchDistribution:
+        noise_dim = self.noise_dim + self.latent_dim
+        return Implicit(self._transform, noise_dim, None, (self.latent_dim,))
+
+    def _transform(self, noise: Tensor) -> Tensor:
+        noise, last = noise.split([self.noise_dim, self.latent_dim], -1)
+        output = self.net(self.input_scale * noise)
+        loc, factor = output.split([self.latent_dim, self.latent_dim**2], -1)
+        factor = factor.unflatten(-1, (self.latent_dim, self.latent_dim))
+        turned = (factor * last.unsqueeze(-2)).sum(-1)
+        return self.spread * noise[..., : self.latent_dim] + loc + self.width * last + turned
+
+
+class FlowPosterior(nn.Module):
+    """A neural spline flow of zuko, in the direction that is fast to sample.
+
+    Its splines map ``[-5, 5]`` to itself and leave the rest alone, so they work in units of
+    ``spread``.
+
+    :param int latent_dim: width of the latent.
+    :param int transforms: number of autoregressive transforms.
+    :param Sequence[int] hidden_dims: widths of the hidden layers of each.
+    :param int bins: pieces of each spline.
+    :param float spread: the scale of the draws before training.
+    :raises ModuleNotFoundError: if zuko is not installed.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        transforms: int = 3,
+        hidden_dims: Sequence[int] = (64, 64),
+        bins: int = 8,
+        spread: float = 1.0,
+    ) -> None:
+        super().__init__()
+        validate = Distribution._validate_args
+        from zuko.flows import NSF, Flow
+        from zuko.lazy import LazyComposedTransform, UnconditionalTransform
+        from zuko.transforms import MonotonicAffineTransform
+
+        # Importing zuko turns the validation of all distributions off.
+        Distribution.set_default_validate_args(validate)
+        unit = UnconditionalTransform(
+            MonotonicAffineTransform,
+            shift=torch.zeros(latent_dim),
+            scale=torch.full((latent_dim,), -math.log(spread)),
+        )
+        splines = NSF(latent_dim, transforms=transforms, hidden_features=[*hidden_dims], bins=bins)
+        # Inverse autoregressive: a draw takes one pass per transform, not one per dimension.
+        transform = LazyComposedTransform(unit, splines.transform.inv)
+        self.flow = Flow(transform, splines.base)
+
+    def forward(self) -> dist.TorchDistribution:
+        from pyro.contrib.zuko import ZukoToPyro
+
+        return ZukoToPyro(self.flow())
+
+
+class GaussianPosterior(nn.Module):
+    """A Gaussian with full covariance.
+
+    :param int latent_dim: width of the latent.
+    :param float spread: standard deviation before training.
+    """
+
+    def __init__(self, latent_dim: int, *, spread: float = 1.0) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(latent_dim))
+        self.log_diagonal = nn.Parameter(torch.full((latent_dim,), math.log(spread)))
+        self.below = nn.Parameter(torch.zeros(latent_dim, latent_dim))
+
+    def forward(self) -> dist.TorchDistribution:
+        factor = self.below.tril(-1) + self.log_diagonal.exp().diag()
+        return dist.MultivariateNormal(self.loc, scale_tril=factor, validate_args=False)

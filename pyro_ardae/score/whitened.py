@@ -1,0 +1,279 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What estimators share that train a network in whitened coordinates: all but the objective."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork
+from pyro_ardae.score.student import Student
+from pyro_ardae.score.trained import TrainedEstimator
+from pyro_ardae.score.whitening import Frame, Mode, Whitening
+
+__all__ = ["WhitenedEstimator"]
+
+#: Horizons of the two averages of the weights, in units of the age.
+_HORIZONS = (1 / 4, 1 / 16)
+
+#: Updates between comparisons of the two, and the factor on the age for each update while the
+#: shorter one wins.
+_CHECK_EVERY, _SHRINK = 2, 0.97
+
+#: Age at which the step size has fallen by a factor of the root of 2.
+_RATE_AGE = 1000
+
+
+class WhitenedEstimator(TrainedEstimator):
+    r"""Score estimator whose network learns what the whitened q has besides a Gaussian's score.
+
+    - An update cuts the draws into ``num_folds`` and takes one optimizer step on each, whitened by
+      the moments of the other folds: what is whitened by its own moments has another law than what
+      is queried. Without gradient clipping and weight decay, outliers blow the network up after
+      some 10,000 steps.
+    - Queries use a running average of the weights. Two are kept, whose horizons are a quarter and a
+      sixteenth of the *age*, the number of steps for which q has effectively stood still: it grows
+      with every step while the longer average has the smaller loss on draws that neither has seen,
+      and shrinks while the shorter one does. The step size falls with the root of the age. So a
+      fixed q is averaged over ever more steps, and a moving one is followed.
+
+    :param network: the network; its features are means, log scales and context.
+    :param num_folds: see :class:`~pyro_ardae.score.ardae.ARDAE`, also for what follows.
+    :param num_steps: optimizer steps of an update.
+    :param whitening: mode.
+    :param learning_rate: step size.
+    :param warm_up: optimizer steps.
+    :param clip: bound on a gradient.
+    :param weight_decay: decoupled.
+    :param min_age: lower bound of the age once as many steps are done.
+    :param max_age: upper bound of the age.
+    :param autocast: bfloat16 in the hidden layers.
+    :raises ValueError: for a parameter out of range.
+    """
+
+    averages: Tensor
+    advantage: Tensor
+    gradient_norm: Tensor
+    feature_mean: Tensor
+    feature_square: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        network: ResidualNetwork | EnergyNetwork,
+        *,
+        num_folds: int,
+        num_steps: int | None,
+        whitening: Mode,
+        learning_rate: float,
+        warm_up: int,
+        clip: float,
+        weight_decay: float,
+        min_age: int,
+        max_age: int,
+        autocast: bool,
+    ) -> None:
+        super().__init__(dim, context_dim)
+        self._in_range("num_folds", num_folds, num_folds >= 2, ">= 2")
+        num_steps = num_folds if num_steps is None else num_steps
+        self._in_range("num_steps", num_steps, 1 <= num_steps <= num_folds, f"in [1, {num_folds}]")
+        self._in_range("learning_rate", learning_rate, learning_rate > 0, "> 0")
+        self._in_range("clip", clip, clip >= 1, ">= 1")
+        self._in_range("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
+        self._in_range("min_age", min_age, 1 <= min_age <= max_age, f"in [1, max_age={max_age}]")
+        self.num_folds, self.num_steps = num_folds, num_steps
+        self.min_age, self.max_age = min_age, max_age
+        self.learning_rate, self.warm_up, self.clip = learning_rate, warm_up, clip
+        self.weight_decay = weight_decay
+        self.hidden_dtype = torch.bfloat16 if autocast else None
+        self.age = 0.0
+        self.slow_wins = True
+        self.whitening = Whitening(dim, context_dim, mode=whitening)
+        self.network = network
+        self.weights = torch.nn.Parameter(network.initial(), requires_grad=False)
+        self.register_buffer("averages", self.weights.detach().repeat(2, 1))
+        self.register_buffer("advantage", torch.zeros(()))
+        self.register_buffer("gradient_norm", torch.zeros(()))
+        self.register_buffer("feature_mean", torch.zeros(network.feature_dim))
+        self.register_buffer("feature_square", torch.ones(network.feature_dim))
+
+    @staticmethod
+    def feature_dim(dim: int, context_dim: int) -> int:
+        """Width of what the network is told of the frame and the context."""
+        return 2 * dim + context_dim if context_dim else 0
+
+    @abstractmethod
+    def _loss(self, w: Tensor, features: Tensor, base: Student) -> tuple[Tensor, Tensor]:
+        """Loss of ``w [n, B, D]`` with ``features [B, K]``, and its gradient by the weights."""
+
+    @abstractmethod
+    def _advantage(self, w: Tensor, features: Tensor, base: Student) -> Tensor:
+        """Loss of the longer average minus that of the shorter one, on the same noise."""
+
+    @property
+    def averaged(self) -> Tensor:
+        """The weights that queries use."""
+        return self.averages[0 if self.slow_wins else 1]
+
+    @torch.no_grad()
+    def update(
+        self,
+        samples: Float[Tensor, "S *batch dim"],
+        context: Float[Tensor, "*batch C"] | None = None,
+        *,
+        center: Float[Tensor, "*batch dim"] | None = None,
+    ) -> Tensor:
+        """``num_steps`` optimizer steps on fresh draws.
+
+        :returns: the mean loss.
+        :raises ValueError: for shapes that do not fit, or fewer than ``num_folds`` draws.
+        """
+        z, context = self._rows(samples, context)
+        count, rows, dim = z.shape
+        n = count // self.num_folds
+        if n < 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected at least num_folds={self.num_folds} draws per "
+                f"context, got {count}. Raise num_score_samples, or lower num_folds."
+            )
+        folds = z[: n * self.num_folds].reshape(self.num_folds, n, rows, dim)
+        frame = self.whitening.held_out(folds, context)
+        w = frame.whiten(folds)[: self.num_steps]
+        features = self._features(frame, context, fit=True)[: self.num_steps]
+        self._grow_older(w[0], features[0], frame.base)
+        rate = self.learning_rate * (1 + self.age / _RATE_AGE) ** -0.5
+        total = z.new_zeros(())
+        for fold in range(self.num_steps):
+            loss, gradient = self._loss(w[fold], features[fold], frame.base)
+            self.weights.grad = self._clipped(gradient)
+            self.steps += 1
+            ramp = min(1.0, self.steps / max(1, self.warm_up))
+            self.optimizer.param_groups[0]["lr"] = rate * ramp
+            self.optimizer.step()
+            total += loss
+        self.weights.grad = None
+        for average, horizon in zip(self.averages, _HORIZONS, strict=True):
+            keep = (1 - 1 / (1 + horizon * self.age)) ** self.num_steps
+            average.lerp_(self.weights, 1 - keep)
+        self.whitening.pool(folds, context)
+        self.updates += 1
+        return total / self.num_steps
+
+    def _grow_older(self, w: Tensor, features: Tensor, base: Student) -> None:
+        if self.updates % _CHECK_EVERY == _CHECK_EVERY - 1:
+            self.advantage.lerp_(self._advantage(w, features, base), 0.1)
+            self.slow_wins = bool(self.advantage <= 0)
+            if not self.slow_wins:
+                self.age *= _SHRINK**_CHECK_EVERY
+        if self.slow_wins:
+            self.age += self.num_steps
+        least = min(self.min_age, self.steps + self.num_steps)
+        self.age = min(max(self.age, least), self.max_age)
+
+    def _clipped(self, gradient: Tensor) -> Tensor:
+        """Bound a gradient by a multiple of the running mean of the norms.
+
+        Without a bound, one outlier among the draws moves all weights by some ten step sizes of
+        Adam, and then stalls them for as long as Adam remembers its square.
+        """
+        norm = gradient.norm()
+        finite = norm.isfinite()
+        norm = torch.where(finite, norm, torch.ones_like(norm))
+        if self.steps == 0:
+            self.gradient_norm.copy_(norm)
+        bounded = norm.minimum(self.clip * self.gradient_norm)
+        self.gradient_norm.lerp_(bounded, 0.02)
+        scaled = gradient.mul_(bounded / norm.clamp_min(1e-30))
+        return torch.where(finite, scaled, torch.zeros_like(scaled))
+
+    @torch.no_grad()
+    def _features(self, frame: Frame, context: Tensor, *, fit: bool = False) -> Tensor:
+        """Standardized frame and context, ``[..., K]``."""
+        if not self.context_dim:
+            return context.expand(*frame.mean.shape[:-3], -1, -1)
+        # The context is the same for all parts of an update.
+        parts, at = [], 0
+        for raw in (frame.features(), context):
+            span = slice(at, at := at + raw.shape[-1])
+            mean, square = self.feature_mean[span], self.feature_square[span]
+            if fit:
+                rate = max(0.02, 1 / (1 + self.updates))
+                flat = raw.reshape(-1, raw.shape[-1])
+                mean.lerp_(flat.mean(0), rate)
+                square.lerp_(flat.square().mean(0), rate)
+            scale = (square - mean.square()).clamp_min(0).sqrt() + 1e-3 * mean.abs() + 1e-8
+            parts.append(((raw - mean) / scale).clamp_(-5, 5))
+        seen, standard = parts
+        return torch.cat([seen, standard.expand(*seen.shape[:-1], -1)], -1)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        value: Float[Tensor, "N *batch dim"],
+        samples: Float[Tensor, "S *batch dim"],
+        context: Float[Tensor, "*batch C"] | None = None,
+        *,
+        center: Float[Tensor, "*batch dim"] | None = None,
+    ) -> Float[Tensor, "N *batch dim"]:
+        """The score at ``value``: the averaged network at sigma = 0."""
+        return self.smoothed(value, samples, context, sigma=0.0)
+
+    @torch.no_grad()
+    def smoothed(
+        self,
+        value: Float[Tensor, "N *batch dim"],
+        samples: Float[Tensor, "S *batch dim"],
+        context: Float[Tensor, "*batch C"] | None = None,
+        *,
+        sigma: float,
+    ) -> Float[Tensor, "N *batch dim"]:
+        """The score of q with noise of covariance ``sigma ** 2`` times its own, as :meth:`forward`.
+
+        :param sigma: >= 0, within what the network has learned (``delta`` for ARDAE).
+        """
+        frame, w, features = self._query(value, samples, context)
+        level = w.new_full((*w.shape[:-1], 1), sigma)
+        r = self.network.field(self.averaged, w, level, features, dtype=self.hidden_dtype)
+        return frame.pull_back(r + frame.base.score(w, sigma**2)).reshape(value.shape)
+
+    def _query(
+        self, value: Tensor, samples: Tensor, context: Tensor | None
+    ) -> tuple[Frame, Tensor, Tensor]:
+        z, context = self._rows(samples, context)
+        if value.shape[1:] != samples.shape[1:]:
+            raise ValueError(
+                f"{type(self).__name__}: expected value [N, *batch, dim] with the samples' batch "
+                f"shape and dim {tuple(samples.shape[1:])}, got {tuple(value.shape)}."
+            )
+        frame = self.whitening.frame(z, context)
+        at = value.detach().reshape(len(value), -1, self.dim)
+        return frame, frame.whiten(at), self._features(frame, context)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """As in the base class, with the age."""
+        return {**super().get_extra_state(), "age": self.age, "slow_wins": self.slow_wins}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`get_extra_state` gave."""
+        super().set_extra_state(state)
+        self.age, self.slow_wins = state["age"], state["slow_wins"]
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            [self.weights],
+            self.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+
+    def _in_range(self, name: str, value: float, ok: bool, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{type(self).__name__}: expected {name} {expected}, got {value}.")

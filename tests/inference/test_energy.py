@@ -1,0 +1,157 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference import grid
+from inference.energy import PRESETS
+from models.energies import ENERGIES, Energy, log_normalizer
+from tests.inference.conftest import Program
+
+#: Options that make a run tiny.
+TINY = ("--steps", 2, "--draws", 1000, "--batch-size", 16, "--flow-batch-size", 16)
+
+GAUSSIAN = Energy("gaussian", lambda z: 0.5 * z.square().sum(-1))
+
+
+def test_help(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        program("energy", "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "python -m inference.energy" in shown
+    assert all(preset in shown for preset in PRESETS)
+
+
+def test_two_steps_of_each_guide(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    program("energy", "u3", *TINY, "--seeds", 0, 1, "--out", out)
+    shown = capsys.readouterr().out
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["guide"], row["seed"]) for row in rows] == [
+        (guide, seed) for seed in "01" for guide in ("implicit", "flow", "gaussian")
+    ]
+    for row in rows:
+        assert row["guide"] in shown
+        assert row["steps"] == "2"
+        assert math.isfinite(float(row["kl"]))
+        assert row["of_modes"] == "4"
+        assert (row["kl_exact"] == "") == (row["guide"] == "implicit")
+        folder = out / f"{row['guide']}-seed{row['seed']}"
+        assert json.loads((folder / "results.json").read_text())["kl"] == float(row["kl"])
+        assert (folder / "metrics.csv").read_text().count("\n") == 3
+    assert (out / "samples.png").stat().st_size > 10_000
+
+
+def test_same_seed_same_result(program: Program, tmp_path: Path) -> None:
+    results = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        program("energy", "u2", *TINY, "--guide", "implicit", "--seed", 3, "--out", out)
+        results.append(json.loads((out / "implicit-seed3" / "results.json").read_text()))
+        results[-1].pop("seconds")
+    assert results[0] == results[1]
+
+
+def test_errors_end_in_one_line(
+    program: Program,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("")
+    tiny = ("energy", "u1", *TINY, "--guide", "gaussian")
+    program(*tiny, "--out", tmp_path / "run")
+    table: list[tuple[tuple[object, ...], str]] = [
+        (("energy", "u5"), "u5"),
+        ((*tiny, "--no-such-option", 1), "no-such-option"),
+        ((*tiny, "--out", tmp_path / "file" / "run"), "expected a writable folder"),
+        ((*tiny, "--out", tmp_path / "run"), "expected a new run folder, found a run"),
+        ((*tiny, "--beta-start", 0), "--beta-start: expected a value in (0, 1], found 0.0"),
+        ((*tiny, "--budget-seconds", 0), "--budget-seconds: expected a positive time"),
+        ((*tiny, "--noise-dim", 1), "--noise-dim: expected at least 2"),
+    ]
+    capsys.readouterr()
+    for arguments, message in table:
+        with pytest.raises(SystemExit) as stopped:
+            program(*arguments)
+        shown = capsys.readouterr()
+        assert stopped.value.code == 2, arguments
+        assert message in shown.err + shown.out, arguments
+        assert "Traceback" not in shown.err, arguments
+
+
+def gaussian_kl(loc: float, scale: float) -> float:
+    """KL(N(loc, scale^2 I) || N(0, I)) in the plane, loc along one axis."""
+    return 0.5 * loc**2 + scale**2 - 1 - 2 * math.log(scale)
+
+
+@pytest.mark.parametrize(("loc", "scale"), [(0.0, 1.0), (0.5, 0.8), (2.0, 1.3)])
+def test_divergence_of_gaussians(loc: float, scale: float) -> None:
+    draws = (scale * torch.randn(100_000, 2) + torch.tensor([loc, 0.0]) for _ in range(5))
+    found = grid.divergence(grid.count(draws), GAUSSIAN)
+    # Sampling error: the standard deviation of log q/p is below 3 nats, over the root of 500,000,
+    # 4.4 times; and what cells with few draws leave of the bias.
+    tolerance = 0.021 * (loc > 0) + 0.4 * found.correction
+    for estimate in (found.kl, found.kl_coarse):
+        assert estimate == pytest.approx(gaussian_kl(loc, scale), abs=tolerance)
+    assert found.kl_coarse <= found.kl + 1e-3
+
+
+@pytest.mark.parametrize("name", ENERGIES)
+def test_draws_of_the_density_itself_have_no_divergence(name: str) -> None:
+    energy = ENERGIES[name]
+    draws = grid.sample(energy, 1_000_000, torch.Generator().manual_seed(0))
+    found = grid.divergence(grid.count(draws.split(250_000)), energy)
+    assert abs(found.kl) < 0.4 * found.correction
+    assert abs(found.kl_coarse) < 1e-3
+    assert found.found == len(found.expected)
+    for share, expected in zip(found.shares, found.expected, strict=True):
+        assert share == pytest.approx(expected, abs=4.4 * math.sqrt(0.25 / 1e6))
+    log_z = log_normalizer(energy)
+    # E[-U] - log Z is minus the entropy: the same by draws and on the grid.
+    masses = grid.cell_log_masses(energy)
+    cell = 2 * math.log(2 * grid.LIMIT / grid.SIZE)
+    entropy = -float((masses.exp() * (masses - cell)).sum())
+    assert float(energy(draws).mean()) + log_z == pytest.approx(entropy, abs=5e-3)
+
+
+def test_what_happens_within_a_cell_shows_in_the_finer_grid() -> None:
+    # Draws on lines 0.1 apart: a comb that the coarse cells, as wide, do not see.
+    z = torch.randn(500_000, 2)
+    z[:, 0] = ((z[:, 0] * 10).floor() + 0.25) / 10
+    found = grid.divergence(grid.count([z]), GAUSSIAN)
+    assert abs(found.kl_coarse) < 2e-3
+    assert found.kl == pytest.approx(math.log(2), abs=5e-3)
+
+
+@pytest.mark.parametrize(("name", "number"), [("u1", 2), ("u2", 1), ("u3", 4), ("u4", 3)])
+def test_modes(name: str, number: int) -> None:
+    energy = ENERGIES[name]
+    labels = grid.modes(energy)
+    assert labels.max() == number
+    draws = grid.sample(energy, 100_000, torch.Generator().manual_seed(0)).float()
+    # All to the left of z1 = 0, where the left mode of U1, or the ridge before it parts, is.
+    left = draws[draws[:, 0] < 0]
+    found = grid.divergence(grid.count([left]), energy)
+    assert found.found == {"u1": 1, "u2": 1, "u3": 1, "u4": 1}[name]
+    assert found.shares[-1] == (0 if number > 1 else pytest.approx(found.expected[0], abs=0.02))
+
+
+def test_draws_outside_count_at_the_border_and_nan_is_refused() -> None:
+    far = torch.full((10, 2), 1e6)
+    counts = grid.count([far])
+    assert counts[-1, -1] == 10
+    assert math.isfinite(grid.divergence(counts, ENERGIES["u1"]).kl)
+    with pytest.raises(ValueError, match="expected finite draws"):
+        grid.count([torch.full((1, 2), math.nan)])

@@ -1,0 +1,226 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The comparison of score estimators as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference import score_plots
+from inference.score import ESTIMATORS, MOMENTS, GaussianScore, Run, Score
+from inference.score_table import COLUMNS, Key, Row, table, write
+from inference.score_table import read as read_runs
+from models.targets import TARGETS
+from pyro_ardae.score import ARDAE
+from tests.inference.conftest import Program
+
+SMALL = (
+    *("--num-contexts", 4, "--num-samples", 8, "--eval-contexts", 4, "--eval-samples", 4),
+    *("--draws", 8, 16),
+)
+
+
+def read(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_help(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        program("score", "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "python -m inference.score" in shown
+    assert all(name in shown for name in (*ESTIMATORS, *TARGETS))
+
+
+def test_run_then_go_on(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = ("--seconds", 0.2, *SMALL, "--no-figures", "--out", run)
+    targets = ("--targets", "mixture2", "moving8")
+    program("score", "--estimators", "ardae", *targets, "--seeds", 0, *options)
+    rows = read(run)
+    assert tuple(rows[0]) == COLUMNS
+    assert len(rows) == 2 * 2 * len(MOMENTS)  # two targets, two numbers of draws
+    for row in rows:
+        assert row["estimator"] == "ardae"
+        assert math.isfinite(float(row["error"]))
+        assert int(row["updates"]) >= 1
+        updates = float(row["cpu_seconds"]) / int(row["updates"])
+        assert float(row["update_ms"]) == pytest.approx(1e3 * updates, rel=0.01)
+    # An update may overrun a moment, the moments come in order.
+    seconds = [float(row["cpu_seconds"]) for row in rows[: 2 * len(MOMENTS)]]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] >= 0.2
+
+    capsys.readouterr()
+    program("score", "--estimators", "ardae", "kde", *targets, "--seeds", 0, *options)
+    shown = capsys.readouterr().out
+    assert "2 of 4 runs are there already" in shown
+    again = read(run)
+    assert again[: len(rows)] == rows
+    assert [(row["estimator"], row["updates"]) for row in again[len(rows) :]] == [("kde", "0")] * 4
+    text = (run / "table.md").read_text()
+    assert text in shown
+    assert "| target | ardae | kde | Gaussian, exact moments |" in text
+    assert (run / "command.txt").read_text().count("\n") == 2
+
+
+def test_figures(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_plots, "LEVELS", (0.1, 1.0))
+    monkeypatch.setattr(score_plots, "ARROWS", 8)
+    run = tmp_path / "run"
+    program(
+        *("score", "--estimators", "ardae", "gaussian", "--targets", "ring", "--seeds", 0, 1),
+        *("--seconds", 0.02, "--figure-seconds", 0.01, *SMALL, "--out", run),
+    )
+    for name in ("errors", "fields", "levels"):
+        assert (run / "figures" / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--estimators", "ardea"), "--estimators: expected some of ardae, .* found ardea"),
+        (("--targets", "ring", "rings"), "--targets: expected some of mixture1, .* found rings"),
+        (("--num-samples", 2), "--num-samples: expected at least 8, found 2"),
+        (("--draws", 2), "--draws: expected 3 or more"),
+        (("--seconds", 0), "--seconds, .* more than 0"),
+        (("--out", "/proc/none"), "/proc/none: expected a writable folder"),
+    ],
+)
+def test_errors_end_in_one_line(
+    options: tuple[object, ...],
+    message: str,
+    program: Program,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        program("score", "--out", tmp_path / "run", *options)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+def test_other_options_need_another_folder(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (
+        *("--estimators", "gaussian", "--targets", "ring", "--seeds", 0, *SMALL),
+        *("--no-figures", "--out", tmp_path / "run"),
+    )
+    program("score", *options)
+    with pytest.raises(SystemExit):
+        program("score", *options, "--seconds", 3)
+    assert "seconds is 20.0 in the run, 3.0 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("target_name", ["mixture2", "thin"])
+def test_every_estimator(name: str, target_name: str) -> None:
+    target = TARGETS[target_name]()
+    options = Score(num_contexts=4, num_samples=16, eval_contexts=3, eval_samples=5)
+    run = Run(ESTIMATORS[name](target.dim, target.context_dim), target, 0, options)
+    assert run.learns == (name not in ("stein", "spectral", "kde", "gaussian"))
+    next(run.train(1.0), None)
+    row = run.evaluate(16)
+    assert row["updates"] == run.learns
+    assert math.isfinite(row["error"])
+
+
+def test_a_seed_fixes_everything_but_the_time() -> None:
+    def error(seed: int) -> float:
+        torch.manual_seed(seed)
+        target = TARGETS["moving8"]()
+        run = Run(ARDAE(8, 4), target, seed, Score(num_contexts=4, num_samples=8))
+        for _ in zip(range(3), run.train(60.0), strict=False):
+            pass
+        return run.evaluate(8)["error"]
+
+    assert error(0) == error(0) != error(1)
+
+
+def test_a_moving_target_is_evaluated_where_it_is() -> None:
+    target = TARGETS["moving8"]()
+    now = 50
+
+    class Exact(GaussianScore):
+        def forward(
+            self,
+            value: Tensor,
+            samples: Tensor,
+            context: Tensor | None = None,
+            *,
+            center: Tensor | None = None,
+        ) -> Tensor:
+            assert context is not None
+            return target.at(now).score(value, context)
+
+    run = Run(Exact(8, 4), target, 0, Score(eval_contexts=4, eval_samples=4))
+    run.updates = 50
+    assert run.evaluate(4)["error"] < 1e-9
+    now = 0
+    assert run.evaluate(4)["error"] > 1e-3
+
+
+def test_gaussian_score_is_unbiased_for_a_gaussian() -> None:
+    target = TARGETS["thin"]()
+    context = target.contexts(20_000)
+    samples, value = target.sample(12, context), target.sample(1, context)
+    value = value[:, :1].expand(1, 20_000, 2)
+    estimate = GaussianScore(2)(value, samples)[0]
+    error = estimate.std(0) / len(estimate) ** 0.5
+    assert ((estimate.mean(0) - target.score(value, context)[0, 0]).abs() < 5 * error).all()
+    few = GaussianScore(2)(value, samples[:3])
+    torch.testing.assert_close(few, -(value - samples[:3].mean(0)) / samples[:3].var(0))
+
+
+def test_smoothed_score_without_noise_is_the_estimate() -> None:
+    target, estimator = TARGETS["ring"](), ARDAE(2, delta=0.5)
+    none = target.contexts(4)
+    for _ in range(3):
+        estimator.update(target.sample(16, none))
+    value = target.sample(6, none[:1])
+    at_zero = score_plots.smoothed_score(estimator, value, 0.0)
+    torch.testing.assert_close(at_zero, estimator(value, value))
+    assert not at_zero.allclose(score_plots.smoothed_score(estimator, value, 1.0))
+
+
+def test_table_and_file(tmp_path: Path) -> None:
+    def rows(*errors: float) -> list[Row]:
+        return [
+            dict.fromkeys(COLUMNS[3:], 0.0)
+            | {"draws": draws, "error": error, "update_ms": 2.0, "query_ms": 4.0}
+            for error in errors
+            for draws in (64.0, 512.0)
+        ]
+
+    runs: dict[Key, list[Row]] = {
+        ("ardae", "ring", 0): rows(0.9, 0.1),
+        ("ardae", "ring", 1): rows(0.9, 0.4),
+        ("ardae", "ring", 2): rows(0.9, 0.2),
+        ("dae", "ring", 0): rows(math.nan),
+        ("dae", "ring", 1): rows(0.5),
+        ("dae", "thin", 0): rows(0.3),
+    }
+    write(tmp_path / "metrics.csv", runs)
+    again = read_runs(tmp_path / "metrics.csv")
+    assert str(again) == str(runs)  # a nan differs from itself
+    lines = table(runs, {"ring": 0.93, "thin": 0.0}, "What was run.", [64, 512]).splitlines()
+    assert lines[0] == "What was run."
+    assert "| ring | 0.2 (0.4) | inf (inf) | 0.93 |" in lines
+    assert "| thin |  | 0.3 | 0 |" in lines
+    assert "| ring | 2 / 4 | 2 / 4 |" in lines
