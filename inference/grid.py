@@ -13,7 +13,8 @@ is at most KL(q||p): what q does within a cell is not seen. It is seen in the di
 cell widths h, as the rest falls with h². Sampling error makes the plug-in too large by
 (K - 1) / (2 N) to first order (Miller 1955), which is subtracted. Cells with few draws leave some
 of it: a third, measured with draws of p itself. With four million draws and h = 0.05 the
-correction is 0.002 to 0.003 nats, and 0.0003 to 0.0007 are left. Draws outside of the grid count in the cells at its border.
+correction is 0.002 to 0.003 nats, and 0.0003 to 0.0007 are left. Draws outside of the grid count
+in the cells at its border.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from pyro_ardae.score import ARDAE, DAE, ScoreEstimator
 
 __all__ = [
     *("error_against_sigma", "error_against_time", "errors_figure", "field", "fields_figure"),
-    *("levels_figure", "smoothed_score"),
+    "levels_figure",
 ]
 
 #: Larger errors are off the scale.
@@ -155,20 +155,6 @@ def field(
     return axes
 
 
-@torch.no_grad()
-def smoothed_score(estimator: ARDAE, value: Tensor, sigma: float) -> Tensor:
-    """What an AR-DAE without context has learned of the score at a noise level.
-
-    :param ARDAE estimator: with ``context_dim`` 0.
-    :param Tensor value: ``[N, 1, D]``.
-    :param float sigma: noise level, in standard deviations of the distribution.
-    """
-    frame, w, features = estimator._query(value, value, None)  # without context: all is pooled
-    level = torch.full_like(w[..., :1], sigma)
-    learned = estimator.network.field(estimator.averaged, w, level, features)
-    return frame.pull_back(learned + frame.base.score(w, sigma**2))
-
-
 def fields_figure(train: Train) -> Figure:
     """Exact and learned fields: the ring, and the swiss roll without and with noise.
 
@@ -190,7 +176,7 @@ def fields_figure(train: Train) -> Figure:
         for sigma in levels:
             smoothed = target.smoothed(sigma)
             exact = smoothed.score(points, none)[:, 0]
-            learned = smoothed_score(estimator, points, sigma)[:, 0]
+            learned = estimator.smoothed(points, points, sigma=sigma)[:, 0]
             log_density = smoothed.log_prob(_square(100, limit), none).view(100, 100)
             draws = smoothed.sample(2000, none)
             unit = float(smoothed.score(draws, none).square().sum(-1).mean().sqrt())

@@ -99,7 +99,8 @@ class Moments(nn.Module):
         if self.fits:
             residual = moments - features @ self.solution
             residual[..., : self.dim] /= together[:, self.dim :].exp()
-            first, second = residual
+            # Where a context has collapsed to a point, squares would overflow, for good.
+            first, second = residual.clamp_(-1e3, 1e3)
             rate = 0.05 if self.fits > 1 else 1.0
             self.square_error.lerp_((first * second).mean(0).clamp_min(0), rate)
             noise = (first - second).square().mean(0) * (0.5 * count)

@@ -24,7 +24,7 @@ _HORIZONS = (1 / 4, 1 / 16)
 
 #: Updates between comparisons of the two, and the factor on the age for each update while the
 #: shorter one wins.
-_CHECK_EVERY, _SHRINK = 2, 0.97
+_CHECK_EVERY, _SHRINK = 4, 0.97
 
 #: Age at which the step size has fallen by a factor of the root of 2.
 _RATE_AGE = 1000
@@ -168,7 +168,7 @@ class WhitenedEstimator(TrainedEstimator):
 
     def _grow_older(self, w: Tensor, features: Tensor, base: Student) -> None:
         if self.updates % _CHECK_EVERY == _CHECK_EVERY - 1:
-            self.advantage.lerp_(self._advantage(w, features, base), 0.1)
+            self.advantage.lerp_(self._advantage(w, features, base), 0.15)
             self.slow_wins = bool(self.advantage <= 0)
             if not self.slow_wins:
                 self.age *= _SHRINK**_CHECK_EVERY

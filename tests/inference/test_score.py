@@ -188,17 +188,6 @@ def test_gaussian_score_is_unbiased_for_a_gaussian() -> None:
     torch.testing.assert_close(few, -(value - samples[:3].mean(0)) / samples[:3].var(0))
 
 
-def test_smoothed_score_without_noise_is_the_estimate() -> None:
-    target, estimator = TARGETS["ring"](), ARDAE(2, delta=0.5)
-    none = target.contexts(4)
-    for _ in range(3):
-        estimator.update(target.sample(16, none))
-    value = target.sample(6, none[:1])
-    at_zero = score_plots.smoothed_score(estimator, value, 0.0)
-    torch.testing.assert_close(at_zero, estimator(value, value))
-    assert not at_zero.allclose(score_plots.smoothed_score(estimator, value, 1.0))
-
-
 def test_table_and_file(tmp_path: Path) -> None:
     def rows(*errors: float) -> list[Row]:
         return [

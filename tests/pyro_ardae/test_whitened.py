@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_ardae.score import ARDAE, SlicedScore
+from pyro_ardae.score import ARDAE, SlicedScore, whitened
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.whitened import WhitenedEstimator
 
@@ -254,14 +254,15 @@ def test_age_grows_with_the_steps_and_shrinks_by_a_factor(monkeypatch: pytest.Mo
             ages.append(float(estimator.age))
         return ages
 
-    assert update(17) == [*range(4, 61, 4), 60, 60]
+    every, shrink = whitened._CHECK_EVERY, whitened._SHRINK
+    assert update(5 * every) == [min(4 * k, 60) for k in range(1, 5 * every + 1)]
     assert torch.equal(estimator.averaged, estimator.averages[0])
     result = 1e6  # outweighs the running mean at once
-    assert update(1)[0] == pytest.approx(60 * 0.97**2)
-    assert torch.equal(estimator.averaged, estimator.averages[1])
-    # Compared every other update; in between it stands still.
-    ages = update(4)
-    assert ages == pytest.approx([60 * 0.97**k for k in (2, 4, 4, 6)])
+    for compared in (1, 2):  # in between it stands still
+        *before, after = update(every)
+        assert before == pytest.approx([60 * shrink ** (every * (compared - 1))] * (every - 1))
+        assert after == pytest.approx(60 * shrink ** (every * compared))
+        assert torch.equal(estimator.averaged, estimator.averages[1])
     assert update(200)[-1] == 10
 
 
@@ -299,20 +300,20 @@ def follow(
 
 
 def test_age_tells_a_fixed_target_from_one_that_keeps_jumping() -> None:
-    """Of a fixed one it reached 200 within 67 updates in 20 seeds, of the other 58 at most."""
+    """Of a fixed one it reached 200 within 77 updates in 20 seeds, of the other 82 at most."""
     settings: dict[str, Any] = {"dim": 8, "draws": 256, "hidden_dim": 32, "depth": 1}
     bounds: dict[str, Any] = {"min_age": 50, "max_age": 200}
     _, ages = follow([0.5] * 90, **settings, **bounds)
     assert max(ages) == 200
     jumping = [0.5 * (-1) ** (update // 10) for update in range(90)]
     _, ages = follow(jumping, **settings, **bounds)
-    assert max(ages) < 100
+    assert max(ages) < 150
 
 
 def test_shorter_average_answers_after_a_jump() -> None:
     """Ten updates after it, the longer average is still elsewhere.
 
-    In 20 seeds, the error of the shorter one was a sixth of the longer one's, or less.
+    In 20 seeds, the shorter one had a quarter of its error, or less.
     """
     estimator, ages = follow([1.0] * 120 + [-1.0] * 10, dim=1, draws=1024, hidden_dim=8, depth=1)
     value = torch.randn(4000, 1) - 1
@@ -324,8 +325,8 @@ def test_shorter_average_answers_after_a_jump() -> None:
     estimator.slow_wins = True
     longer = error()
     assert not wins
-    assert ages[-1] < ages[119]
-    assert answered < longer / 3, (answered, longer)
+    assert ages[-1] <= ages[119]
+    assert answered < longer / 2, (answered, longer)
 
 
 # ---- state and errors ----------------------------------------------------------------------------
