@@ -70,6 +70,26 @@ def test_decoders() -> None:
     assert (points.batch_shape, points.event_shape) == ((3, 2), (2,))
 
 
+def test_a_decoder_starts_at_the_mean() -> None:
+    """Where its last layer gets nothing; a pixel that is always black has a finite bias."""
+    mean = torch.rand(784)
+    mean[:2] = torch.tensor([0.0, 1.0])
+    decoder = BernoulliDecoder(4, mean=mean)
+    with torch.no_grad():
+        decoder.net.last.weight.zero_()
+        start = decoder(torch.randn(3, 4)).mean
+    torch.testing.assert_close(start, mean.clamp(0.002, 0.998).expand(3, -1))
+
+
+def test_a_mean_is_subtracted_from_the_input() -> None:
+    mean, value = torch.tensor([3.0, -1.0, 0.0]), torch.randn(5, 3)
+    nets = []
+    for options in ({}, {"mean": mean}):
+        torch.manual_seed(0)
+        nets.append(MLP((3, 8, 2), **options))
+    torch.testing.assert_close(nets[1](value + mean), nets[0](value))
+
+
 def test_an_mlp_needs_two_sizes() -> None:
     with pytest.raises(ValueError, match=r"an input and an output width at least, got \(3,\)"):
         MLP((3,))

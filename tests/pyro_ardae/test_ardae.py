@@ -123,6 +123,18 @@ def trained(dim: int, context_dim: int, mode: Any, updates: int = 60) -> ARDAE:
     return estimator
 
 
+@pytest.mark.parametrize("batch", [(), (3, 1, 2)])
+@pytest.mark.parametrize("context_dim", [0, 4])
+def test_shape_of_log_prob(batch: tuple[int, ...], context_dim: int) -> None:
+    estimator = ARDAE(3, context_dim, parametrization="energy", hidden_dim=8, depth=2)
+    samples, value = torch.randn(12, *batch, 3), torch.randn(7, *batch, 3)
+    context = torch.randn(*batch, context_dim) if context_dim else None
+    estimator.update(samples, context)
+    log_prob = estimator.log_prob(value, samples, context)
+    assert log_prob.shape == (7, *batch)
+    assert bool(torch.isfinite(log_prob).all())
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("context_dim", [0, 2])
 def test_gradient_of_log_prob_is_the_score(float64: None, mode: Any, context_dim: int) -> None:
