@@ -36,7 +36,7 @@ GUIDES = {"implicit": "25gaussians-implicit", "gaussian": "25gaussians-gaussian"
 class Demo:
     """25 Gaussians: implicit against Gaussian guide in the same time."""
 
-    budget_seconds: float = 75.0
+    budget_seconds: float = 120.0
     """Wall-clock time of training of each guide."""
     steps: int = 1_000_000
     """Training steps of each at most."""
