@@ -11,14 +11,19 @@ number beside every figure, and compare guides at the same one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
-__all__ = ["elbo", "fitted_gaussian_log_marginal", "log_marginal_from_guide"]
+__all__ = [
+    "elbo",
+    "fitted_gaussian_log_marginal",
+    "fitted_gaussian_log_weights",
+    "log_marginal_from_guide",
+]
 
 LogJoint = Callable[[Tensor], Tensor]
 
@@ -82,6 +87,36 @@ def fitted_gaussian_log_marginal(
 
     [2] A. Owen, Y. Zhou, "Safe and effective importance sampling", JASA 2000.
     """
+    weights = fitted_gaussian_log_weights(
+        log_joint,
+        guide_samples,
+        num_samples,
+        prior_weight=prior_weight,
+        jitter=jitter,
+        chunk_size=chunk_size,
+    )
+    log_total = guide_samples.new_full((guide_samples.shape[1],), -math.inf)
+    for chunk in weights:
+        log_total = torch.logaddexp(log_total, chunk.logsumexp(0))
+    return log_total - math.log(num_samples)
+
+
+def fitted_gaussian_log_weights(
+    log_joint: LogJoint,
+    guide_samples: Float[Tensor, "guide_samples batch dim"],
+    num_samples: int,
+    *,
+    prior_weight: float = 0.0,
+    jitter: float = 1e-6,
+    chunk_size: int = 64,
+) -> Iterator[Float[Tensor, "chunk batch"]]:
+    r"""The logarithms of the weights of :func:`fitted_gaussian_log_marginal`, chunk by chunk.
+
+    Parameters and errors are the same.
+
+    :returns: an iterator over :math:`\log p(x, z_k) - \log r(z_k)`, ``[chunk, B]``,
+        ``num_samples`` in all.
+    """
     if guide_samples.dim() != 3:
         raise ValueError(
             f"guide_samples: expected shape [samples, batch, dim], got {tuple(guide_samples.shape)}"
@@ -119,12 +154,14 @@ def fitted_gaussian_log_marginal(
             )
         return log_joint(latent) - log_proposal
 
-    log_total = guide_samples.new_full((batch,), -math.inf)
-    for component, count in ((fitted, num_samples - num_prior), (prior, num_prior)):
-        for size in _chunks(count, chunk_size):
-            weights = log_weight(component.sample((size,)))
-            log_total = torch.logaddexp(log_total, weights.logsumexp(0))
-    return log_total - math.log(num_samples)
+    # A generator of its own, so that errors come with the call and not with the first chunk.
+    def weights() -> Iterator[Tensor]:
+        for component, count in ((fitted, num_samples - num_prior), (prior, num_prior)):
+            for size in _chunks(count, chunk_size):
+                with torch.no_grad():
+                    yield log_weight(component.sample((size,)))
+
+    return weights()
 
 
 @torch.no_grad()

@@ -90,6 +90,7 @@ class Implicit(TorchDistribution):
         self._set(sampler, noise, context, Size(batch_shape), event_shape)
         self.expanded_from: Implicit | None = None
         self.score: ScoreFunction | None = None
+        self.density: ScoreFunction | None = None
 
     def _set(
         self,
@@ -120,6 +121,7 @@ class Implicit(TorchDistribution):
         shape = Size(batch_shape)
         new._set(self.sampler, self.noise, self.context, shape, self.event_shape)
         new.expanded_from, new.score = self.expanded_from or self, self.score
+        new.density = self.density
         return new
 
     def distinct(self) -> Implicit:
@@ -169,8 +171,12 @@ class Implicit(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Inside an ELBO of this package, 0 with the gradient of log q; an error elsewhere.
 
+        Inside :func:`~pyro_ardae.elbo_estimate`, an estimate of log q itself.
+
         :raises NotImplementedError: where no score is attached.
         """
+        if self.density is not None:
+            return self.density(self, value)
         if self.score is None:
             raise NotImplementedError(
                 "An Implicit distribution has no density: log_prob() exists only inside "

@@ -1,0 +1,211 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws of a guide for ArviZ: summaries, pair plots, predictive checks, cross-validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_ardae.unconstrained import (
+    UnconstrainedModel,
+    guide_draws,
+    refuse_subsampling,
+    run_many,
+)
+
+__all__ = ["to_arviz"]
+
+
+def to_arviz(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 1000,
+    prior: bool = True,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    parallel: bool = True,
+) -> Any:
+    """Draws of a guide and what follows from them, as ArviZ takes them.
+
+    ===========================  ===================================================================
+    group                        content
+    ===========================  ===================================================================
+    ``posterior``                the model's latent sites drawn from the guide, and its
+                                 ``pyro.deterministic`` ones
+    ``posterior_predictive``     the observed sites drawn anew, given each draw of the posterior
+    ``log_likelihood``           their log-density at the data, pointwise, nats, unscaled
+    ``observed_data``            the data
+    ``prior``                    the latent sites drawn from the model
+    ===========================  ===================================================================
+
+    Dimensions are ``chain`` (1), ``draw``, one for each plate, with its name, and
+    ``{site}_dim_{i}`` for those of an event. Draws of a guide are independent, so r-hat and
+    effective sample sizes say nothing about the quality of the guide.
+
+    The model has to broadcast over one more plate, as for ``vectorize_particles=True``. Sites of
+    the data whose values depend on the mask of a plate count 0 where masked.
+
+    Example::
+
+        >>> idata = to_arviz(model, guide, y, num_samples=2000)  # doctest: +SKIP
+        >>> az.summary(idata), az.loo(idata)                     # doctest: +SKIP
+
+    :param callable model: a Pyro model with continuous latents, not conditioned on draws.
+    :param callable guide: a guide of it, of any kind.
+    :param args: arguments of both, data included.
+    :param int num_samples: draws, at least 2.
+    :param bool prior: whether to draw the prior, which an improper one cannot be.
+    :param coords: labels by dimension, e.g. ``{"school": names}``; integers from 0 where left out.
+    :param dims: names of a site's dimensions, in place of those above.
+    :param bool parallel: draw from the guide in one more plate; set ``False`` for a guide that does
+        not broadcast.
+    :returns: ``arviz.InferenceData`` (ArviZ 0.x), ``xarray.DataTree`` (ArviZ 1.x).
+    :raises ModuleNotFoundError: if ArviZ is not installed.
+    :raises ValueError: for a subsampled plate, a discrete latent site, a guide that leaves out a
+        site, or a name of ``dims`` or ``coords`` that fits nothing.
+    """
+    if num_samples < 2:
+        raise ValueError(f"num_samples: expected at least 2, got {num_samples}")
+    joint = UnconstrainedModel(model, *args)
+    nesting = joint.max_plate_nesting
+    with torch.no_grad(), poutine.block():
+        trace = poutine.trace(model).get_trace(*args)
+    refuse_subsampling(trace)
+    sites = {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and type(site["fn"]).__name__ not in ("_Subsample", "Unit")
+    }
+    derived = [name for name, site in sites.items() if site["infer"].get("_deterministic")]
+    observed = [name for name in sites if sites[name]["is_observed"] and name not in derived]
+    names = _dims(sites, dims or {})
+    unobserved = _Unobserved(observed)(model)
+
+    draws = guide_draws(guide, joint.sites, args, num_samples, nesting, parallel=parallel)
+    with torch.no_grad():
+        given = run_many(poutine.condition(model, data=draws), args, num_samples, nesting)
+        values = {**draws, **{name: given.nodes[name]["value"] for name in derived}}
+        groups = {"posterior": _arrays(values, sites, num_samples)}
+        if observed:
+            anew = run_many(poutine.condition(unobserved, data=draws), args, num_samples, nesting)
+            values = {name: anew.nodes[name]["value"] for name in observed}
+            groups["posterior_predictive"] = _arrays(values, sites, num_samples)
+            values = {name: _log_prob(given.nodes[name]) for name in observed}
+            groups["log_likelihood"] = _arrays(values, sites, num_samples, event=False)
+            groups["observed_data"] = {name: _numpy(sites[name]["value"]) for name in observed}
+        if prior:
+            first = run_many(unobserved, args, num_samples, nesting)
+            values = {name: first.nodes[name]["value"] for name in (*joint.sites, *derived)}
+            groups["prior"] = _arrays(values, sites, num_samples)
+    return _build(groups, names, _coords(groups, names, coords or {}))
+
+
+class _Unobserved(Messenger):
+    """Draws observed sites anew.
+
+    Unlike ``poutine.uncondition`` it leaves deterministic sites and factors as they are.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self._names = frozenset(names)
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"] and msg["name"] in self._names:
+            msg.update(is_observed=False, value=None, done=False)
+
+
+def _log_prob(site: Any) -> Tensor:
+    """Pointwise, unscaled, 0 where masked."""
+    return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+
+
+def _arrays(
+    values: Mapping[str, Tensor], sites: Mapping[str, Any], num_samples: int, *, event: bool = True
+) -> dict[str, Any]:
+    """``[chain = 1, draw, *shape of the site]``, without the dimensions of size 1 of plates."""
+    result = {}
+    for name, value in values.items():
+        shape = sites[name]["value"].shape if event else _batch_shape(sites[name])
+        if value.numel() == shape.numel():  # a deterministic site that no latent enters
+            value = value.reshape(shape).expand(num_samples, *shape)
+        result[name] = _numpy(value.reshape(1, num_samples, *shape))
+    return result
+
+
+def _numpy(value: Tensor) -> Any:
+    return value.detach().cpu().numpy()
+
+
+def _batch_shape(site: Any) -> torch.Size:
+    """Of the value, not of the distribution: ``pyro.deterministic`` takes all for an event."""
+    shape = site["value"].shape
+    if site["infer"].get("_deterministic"):
+        return shape
+    return shape[: len(shape) - site["fn"].event_dim]
+
+
+def _dims(sites: Mapping[str, Any], given: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Names of the dimensions of every site: its plates, then those of its event."""
+    unknown = [name for name in given if name not in sites]
+    if unknown:
+        raise ValueError(
+            f"dims: expected names of sites, {', '.join(sites)}, got {', '.join(unknown)}"
+        )
+    result = {}
+    for name, site in sites.items():
+        shape, batch = site["value"].shape, _batch_shape(site)
+        label = [f"{name}_dim_{i}" for i in range(len(shape))]
+        for frame in site["cond_indep_stack"]:
+            at = len(batch) + frame.dim if frame.vectorized else -1
+            if at >= 0 and batch[at] == frame.size:
+                # xarray takes a variable that is named as its dimension for a coordinate.
+                label[at] = frame.name if frame.name not in sites else f"{frame.name}_plate"
+        wanted = list(given.get(name, label))
+        if len(wanted) != len(label):
+            raise ValueError(
+                f"dims: expected {len(label)} names for site '{name}' of shape {tuple(shape)}, got "
+                f"{wanted}"
+            )
+        result[name] = wanted
+    return result
+
+
+def _coords(
+    groups: Mapping[str, Mapping[str, Any]],
+    names: Mapping[str, Sequence[str]],
+    given: Mapping[str, Sequence[Any]],
+) -> dict[str, Any]:
+    """Labels of all dimensions."""
+    sizes: dict[str, int] = {}
+    for values in (groups.get("observed_data", {}), groups["posterior"]):
+        for name, value in values.items():
+            own = value.shape[value.ndim - len(names[name]) :]
+            sizes.update(zip(names[name], own, strict=True))
+    for name, labels in given.items():
+        if len(labels) != sizes.get(name):
+            raise ValueError(
+                f"coords: expected labels of the dimensions {sizes}, got {len(labels)} for '{name}'"
+            )
+    return {name: np.asarray(given.get(name, np.arange(size))) for name, size in sizes.items()}
+
+
+def _build(groups: dict[str, dict[str, Any]], dims: Any, coords: Any) -> Any:
+    import arviz
+
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        data = arviz.from_dict(groups, dims=dims, coords=coords)
+    else:
+        data = arviz.from_dict(**groups, dims=dims, coords=coords)
+    data["posterior"].attrs["inference_library"] = "pyro_ardae"
+    return data
