@@ -1,0 +1,261 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which latents of a model share an implicit site, and where each lies in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.ops.tensor_utils import periodic_repeat
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+__all__ = ["Group", "check_structure", "find_groups", "unconstrain"]
+
+
+@dataclass
+class _Slot:
+    """One site: its batch sizes outside of the group's plates, and its event on the reals."""
+
+    name: str
+    event_shape: tuple[int, ...]
+    others: tuple[int, ...]  # sizes by batch dimension, 1 where the dimension is a plate's
+
+    @property
+    def rank(self) -> int:
+        return len(self.others)
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.event_shape + self.others).numel()
+
+
+@dataclass
+class Group:
+    """Latents that are drawn together: one vector of size ``dim`` per row of the plates.
+
+    Rows have ``nesting`` batch dimensions, of size 1 where no plate of the group is.
+
+    :param plates: names of the local plates, from the outermost to the innermost dimension; none
+        for the globals.
+    :param local_dims: their dimensions, negative.
+    :param sizes: their sizes, in the prototype and in full.
+    """
+
+    plates: tuple[str, ...] = ()
+    local_dims: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    slots: list[_Slot] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """An attribute's name."""
+        return re.sub(r"\W", "_", "__".join(self.plates))
+
+    @property
+    def dim(self) -> int:
+        return sum(slot.size for slot in self.slots)
+
+    @property
+    def nesting(self) -> int:
+        return -min(self.local_dims, default=0)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Batch shape of the rows in the prototype."""
+        return self._shape(0)
+
+    @property
+    def full_rows(self) -> tuple[int, ...]:
+        """Batch shape of all rows."""
+        return self._shape(1)
+
+    def _shape(self, which: int) -> tuple[int, ...]:
+        shape = [1] * self.nesting
+        for dim, size in zip(self.local_dims, self.sizes, strict=True):
+            shape[dim] = size[which]
+        return tuple(shape)
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Values of the sites in the prototype to ``[*full_rows, dim]``, repeated to full size."""
+        parts = []
+        for slot in self.slots:
+            value, rank = values[slot.name], slot.rank
+            event = len(slot.event_shape)
+            for dim, (_, full) in zip(self.local_dims, self.sizes, strict=True):
+                value = periodic_repeat(value, full, dim - event)
+            pairs: list[int] = []  # every batch dimension is a row's or another's
+            for size, other in zip(value.shape[:rank], slot.others, strict=True):
+                pairs += [size // other, other]
+            value = value.reshape((*pairs, *slot.event_shape))
+            order = [*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)]
+            value = value.permute((*order, *range(2 * rank, 2 * rank + event)))
+            parts.append(value.reshape((*self.full_rows, slot.size)))
+        return torch.cat(parts, -1).detach().clone()
+
+    def unpack(self, latent: Tensor) -> dict[str, Tensor]:
+        """``[*particles, *rows, dim]`` to values ``[*particles, *batch, *event]`` by site."""
+        result = {}
+        sizes = [slot.size for slot in self.slots]
+        for slot, part in zip(self.slots, latent.split(sizes, -1), strict=True):
+            rank, event = slot.rank, len(slot.event_shape)
+            batch = part.shape[:-1]
+            batch = (1,) * (rank - len(batch)) + batch
+            lead, rows = batch[: len(batch) - rank], batch[len(batch) - rank :]
+            part = part.reshape((*batch, *slot.others, *slot.event_shape))
+            p = len(lead)
+            order = [*range(p)]
+            for k in range(rank):
+                order += [p + k, p + rank + k]
+            order += range(p + 2 * rank, p + 2 * rank + event)
+            shape = [size * other for size, other in zip(rows, slot.others, strict=True)]
+            result[slot.name] = part.permute(order).reshape((*lead, *shape, *slot.event_shape))
+        return result
+
+
+class _SubsampleMessenger(Messenger):
+    """Records the plates whose subsample is handed to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.explicit: set[str] = set()
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg) and msg["value"] is not None:
+            self.explicit.add(msg["name"])
+
+
+def unconstrain(site: Mapping[str, Any]) -> Tensor:
+    """Value of a site on the reals.
+
+    :raises ValueError: if it is not finite.
+    """
+    value: Tensor = biject_to(site["fn"].support).inv(site["value"].detach())
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(
+            f"init_loc_fn: expected a value inside the support of site '{site['name']}', got "
+            "one that is not finite on the reals. Check it, and the data for NaN."
+        )
+    return value
+
+
+def _latents(trace: Any) -> dict[str, Any]:
+    return {
+        name: site for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)
+    }
+
+
+def check_structure(prototype: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[set[str], int]:
+    """Run the model some more times on values drawn from the prior, and compare.
+
+    :returns: names of the plates whose subsample the caller determines, and the number of batch
+        dimensions that plates take, observed sites included.
+    :raises ValueError: for no latents, discrete ones, empty plates, or a structure that varies.
+    """
+    expected = {}
+    for name, site in prototype.iter_stochastic_nodes():
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"AutoImplicit: site '{name}' is discrete. Sum it out: hide it from the guide by "
+                f"AutoImplicit(poutine.block(model, hide=['{name}'])) and train with "
+                "TraceImplicitEnum_ELBO, the model under config_enumerate."
+            )
+        expected[name] = tuple(site["value"].shape)
+        device = site["value"].device
+    if not expected:
+        raise RuntimeError("AutoImplicit found no latent variables; use an empty guide instead.")
+    recorder, nesting = _SubsampleMessenger(), 0
+    trace, devices = prototype, [device] if device.type == "cuda" else []
+    for _ in range(3):
+        frames = [
+            f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]
+        ]
+        for frame in frames:
+            if frame.size == 0 or frame.full_size == 0:
+                raise ValueError(f"AutoImplicit: plate '{frame.name}' is empty; expected data.")
+            nesting = max(nesting, -frame.dim if frame.vectorized else 0)
+        try:
+            with torch.random.fork_rng(devices), torch.no_grad(), poutine.block():
+                trace = poutine.trace(recorder(model)).get_trace(*args, **kwargs)
+        except (ValueError, RuntimeError):
+            continue  # a draw far from the data is no fault of the model
+        found = {name: tuple(site["value"].shape) for name, site in _latents(trace).items()}
+        if found != expected:
+            differing = sorted(
+                name
+                for name in found.keys() | expected.keys()
+                if found.get(name) != expected.get(name)
+            )
+            raise ValueError(
+                "AutoImplicit: expected the same latents in every run of the model, but "
+                f"{differing} came with another shape, or not at all, in one of them. Fix the "
+                "structure, for instance by masking, or write the guide by hand."
+            )
+    return recorder.explicit, nesting
+
+
+def find_groups(
+    prototype: Any, local: set[str], encoded: set[str | None], created: Mapping[str, Any]
+) -> list[Group]:
+    """Globals first, then one group for each set of local plates in which there are latents.
+
+    :param local: names of plates that are local whether subsampled or not.
+    :param encoded: names of plates with an encoder; ``None`` for an encoder of the only one.
+    :param created: plates that the user creates for the guide.
+    """
+    frames = {
+        frame.name: frame
+        for _, site in prototype.iter_stochastic_nodes()
+        for frame in site["cond_indep_stack"]
+    }
+    local = local | {name for name in encoded if name is not None}
+    if not local <= frames.keys():
+        raise ValueError(
+            f"expected plates that hold latents, {sorted(frames)}, got "
+            f"{sorted(local - frames.keys())}."
+        )
+    for name, frame in frames.items():
+        plate = created.get(name)
+        if _full(frame) != frame.size or (plate and plate.subsample_size != plate.size):
+            local = local | {name}
+    if None in encoded:
+        candidates = local or set(frames)
+        if len(candidates) != 1:
+            raise ValueError(
+                f"encoder: expected one plate with local latents, got {sorted(candidates)}. Pass a "
+                "mapping from plates to encoders."
+            )
+        local = candidates
+    groups: dict[tuple[str, ...], Group] = {}
+    for name, site in prototype.iter_stochastic_nodes():
+        inside = sorted(
+            (f for f in site["cond_indep_stack"] if f.name in local), key=lambda f: f.dim
+        )
+        key = tuple(frame.name for frame in inside)
+        if key not in groups:
+            groups[key] = Group(
+                key,
+                tuple(frame.dim for frame in inside),
+                tuple((frame.size, _full(frame)) for frame in inside),
+            )
+        value = unconstrain(site)
+        event_dim = site["fn"].event_dim + value.dim() - site["value"].dim()
+        batch = list(value.shape[: value.dim() - event_dim])
+        for frame in inside:
+            batch[frame.dim] = 1
+        groups[key].slots.append(
+            _Slot(name, tuple(value.shape[value.dim() - event_dim :]), tuple(batch))
+        )
+    return sorted(groups.values(), key=lambda group: len(group.plates) > 0)
+
+
+def _full(frame: Any) -> int:
+    return int(frame.full_size or frame.size)
