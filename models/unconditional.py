@@ -81,6 +81,7 @@ class FlowPosterior(nn.Module):
     :param Sequence[int] hidden_dims: widths of the hidden layers of each.
     :param int bins: pieces of each spline.
     :param float spread: the scale of the draws before training.
+    :param Tensor loc: their location, ``[latent_dim]``; 0 by default.
     :raises ModuleNotFoundError: if zuko is not installed.
     """
 
@@ -92,6 +93,7 @@ class FlowPosterior(nn.Module):
         hidden_dims: Sequence[int] = (64, 64),
         bins: int = 8,
         spread: float = 1.0,
+        loc: Tensor | None = None,
     ) -> None:
         super().__init__()
         validate = Distribution._validate_args
@@ -101,9 +103,10 @@ class FlowPosterior(nn.Module):
 
         # Importing zuko turns the validation of all distributions off.
         Distribution.set_default_validate_args(validate)
+        shift = torch.zeros(latent_dim) if loc is None else -loc.detach() / spread
         unit = UnconditionalTransform(
             MonotonicAffineTransform,
-            shift=torch.zeros(latent_dim),
+            shift=shift,
             scale=torch.full((latent_dim,), -math.log(spread)),
         )
         splines = NSF(latent_dim, transforms=transforms, hidden_features=[*hidden_dims], bins=bins)
