@@ -63,7 +63,8 @@ def log_likelihood(
     r"""Estimates :math:`\log p(x)` of a model by importance sampling.
 
     .. math:: \log \frac1K \sum_{k=1}^K
-        \frac{p(x, z(u_k))\, |\det \partial z / \partial u|}{r(u_k)}, \qquad u_k \sim r = N(\hat m, \hat C),
+        \frac{p(x, z(u_k))\, |\det \partial z / \partial u|}{r(u_k)},
+        \qquad u_k \sim r = N(\hat m, \hat C),
 
     where r is fitted to draws of the guide in unconstrained space. The guide need not have a
     density. If all sites of the model lie in the same plates, every data point has a fit and a

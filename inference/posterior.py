@@ -1,0 +1,243 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Compares automatic guides with the posterior itself: ``python -m inference.posterior [options]``.
+
+Examples::
+
+    python -m inference.posterior                        # 8 posteriors, 5 guides, 3 seeds: an hour
+    python -m inference.posterior --posteriors banana bimodal --guides multivariate implicit
+    python -m inference.posterior --seconds 10 --clock cpu --seeds 0
+
+Every guide trains on every posterior for the same time, once for each seed: that of its training
+steps and of its first call. Then draws of it are compared with draws of the posterior
+(:mod:`inference.reference`: NUTS, or exact ones), in constrained space, in units of the
+posterior's standard deviations (:mod:`inference.distances`).
+
+The run folder (``--out``) holds ``results.csv``, ``moments.csv``, ``table.md``, ``figures/`` with
+pair plots, ``draws/`` and, shared by runs, ``references/``. Rows that it holds are not made again:
+after an interruption the same command goes on, and posteriors, guides and seeds can be added.
+Columns of results.csv:
+
+- ``posterior``, ``guide``, ``seed``: the run. The guide ``floor`` is one half of the reference
+  draws, compared with the other: what a perfect guide would have;
+- ``sliced_wasserstein``: the sliced 2-Wasserstein distance;
+- ``ks``, ``ks_worst``: the Kolmogorov-Smirnov distance, mean and largest over the coordinates;
+- ``c2st``: accuracy of a classifier that tells the draws apart, 0.5 to 1;
+- ``mean_error``, ``std_error``: root mean square over the coordinates of the errors of mean and
+  standard deviation, in posterior standard deviations; ``mean_error_worst``, ``std_error_worst``
+  the largest absolute ones;
+- ``modes``: modes with at least half of the draws that belong there, empty for posteriors with one;
+- ``steps``, ``seconds``: of the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyro
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from inference import distances, posterior_plots
+from inference.errors import UserError, user_errors
+from inference.plots import save
+from inference.posterior_table import COLUMNS, FLOOR, MOMENTS, Key, Row, read, table, write
+from inference.posterior_training import Config, Training
+from inference.reference import R_HAT_LIMIT, Reference, reference
+from inference.run import RunFolder
+from models.posterior_guides import GUIDES
+from models.posteriors import POSTERIORS, Posterior
+
+__all__ = ["compare", "evaluate", "main"]
+
+
+#: Options that may change when a run folder is gone on with.
+MAY_DIFFER = ("posteriors", "guides", "seeds", "figures", "references", "out")
+
+
+def evaluate(draws: Tensor, against: Tensor, posterior: Posterior) -> Row:
+    """The distances of draws ``[n, dim]`` from those of the posterior."""
+    x, y = (distances.standardize(z, against) for z in (draws, against))
+    ks = distances.kolmogorov_smirnov(x, y)
+    mean, std = distances.moment_errors(draws, against)
+    row: Row = {
+        "sliced_wasserstein": distances.sliced_wasserstein(x, y),
+        "ks": float(ks.mean()),
+        "ks_worst": float(ks.max()),
+        "c2st": distances.c2st(x, y),
+        "mean_error": float(mean.square().mean().sqrt()),
+        "mean_error_worst": float(mean.abs().max()),
+        "std_error": float(std.square().mean().sqrt()),
+        "std_error_worst": float(std.abs().max()),
+        "modes": math.nan,
+    }
+    if posterior.modes is not None:
+        row["modes"] = distances.modes_found(posterior.modes(draws), posterior.modes(against))
+    return row
+
+
+def moments(draws: Tensor, found: Reference, posterior: Posterior) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation, of the draws and of the reference, by shown coordinate."""
+    against = found.draws.flatten(0, 1)
+    result = {}
+    for name in posterior.shown:
+        at = found.labels.index(name)
+        columns = (draws[:, at], against[:, at])
+        result[name] = tuple(float(f) for z in columns for f in (z.mean(), z.std()))
+    return result
+
+
+def compare(config: Config) -> Path:
+    """Makes the rows that the folder lacks, then table and figures; returns the folder."""
+    _check(config)
+    path, options = config.out, dataclasses.asdict(config)
+    if (path / "config.json").exists():
+        RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
+    else:
+        RunFolder.create(path, options, COLUMNS)
+    rows = read(path / "results.csv", COLUMNS) if (path / "results.csv").exists() else {}
+    known = read(path / "moments.csv", MOMENTS) if (path / "moments.csv").exists() else {}
+    wanted: list[Key] = [
+        (posterior, guide, seed)
+        for seed in config.seeds
+        for posterior in config.posteriors
+        for guide in config.guides
+    ]
+    missing = [key for key in wanted if key not in rows]
+    if len(missing) < len(wanted):
+        print(f"{path}: {len(wanted) - len(missing)} of {len(wanted)} runs are there already")
+    clock = time.perf_counter if config.clock == "wall" else time.process_time
+    references: dict[str, Reference] = {}
+    for name in config.posteriors:
+        print(f"reference of {name}: ", end="", flush=True)
+        references[name] = found = _reference(name, config)
+        print(found if found.r_hat < R_HAT_LIMIT else f"{found}: r-hat is NOT below {R_HAT_LIMIT}")
+        first, second = found.draws.chunk(2)
+        rows[(name, FLOOR, 0)] = {
+            **evaluate(first.flatten(0, 1), second.flatten(0, 1), _posterior(name)),
+            "steps": 0,
+            "seconds": 0.0,
+        }
+    (path / "draws").mkdir(exist_ok=True)
+    with tqdm(total=config.seconds * len(missing), unit="s", mininterval=1.0) as progress:
+        for index, key in enumerate(missing, 1):
+            name, guide, seed = key
+            label = f"{name}, {guide}, seed {seed}"
+            progress.set_description(label)
+            posterior, found = _posterior(name), references[name]
+            pyro.clear_param_store()
+            pyro.set_rng_seed(seed)
+            with _user_errors(label):
+                training = Training(posterior, guide, config)
+                for spent in training.train(clock):
+                    progress.update(spent)
+                draws = training.draws(config.draws)
+            row = evaluate(draws, found.draws.flatten(0, 1), posterior)
+            row |= {"steps": training.steps_done, "seconds": round(training.seconds, 3)}
+            _save_draws(path / "draws" / f"{name}-{guide}-{seed}.npz", draws)
+            for at, figures in moments(draws, found, posterior).items():
+                known[(name, guide, seed, at)] = dict(zip(MOMENTS[4:], figures, strict=True))
+            rows[key] = row
+            write(path / "moments.csv", known, MOMENTS)
+            write(path / "results.csv", rows, COLUMNS)
+            progress.update(index * config.seconds - progress.n)
+            progress.write(
+                f"{label}: sliced Wasserstein {row['sliced_wasserstein']:.3f}, c2st "
+                f"{row['c2st']:.3f} after {training.steps_done} steps"
+            )
+    write(path / "results.csv", rows, COLUMNS)
+    text = table(rows, known, config.seconds, config.clock)
+    (path / "table.md").write_text(text)
+    print(f"\n{text}")
+    if config.figures:
+        for name in config.posteriors:
+            figure = posterior_plots.pairs(name, references[name], _posterior(name), path / "draws")
+            print(f"figure: {save(figure, path / 'figures' / f'{name}.png')}")
+    return path
+
+
+def _posterior(name: str) -> Posterior:
+    try:
+        return POSTERIORS[name]()
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--posteriors {name}: expected scikit-learn to be installed, found: {error}; "
+            'pip install "pyro-ardae[programs]"'
+        ) from None
+
+
+def _reference(name: str, config: Config) -> Reference:
+    return reference(
+        _posterior(name),
+        config.references or config.out / "references",
+        num_draws=config.reference_draws,
+        warm_up=config.reference_warm_up,
+    )
+
+
+@contextlib.contextmanager
+def _user_errors(label: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{label}: expected zuko to be installed, found: {error}; "
+            'pip install "pyro-ardae[flows]"'
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{label}: the run failed: {error}. Try a lower --learning-rate") from error
+
+
+def _save_draws(path: Path, draws: Tensor) -> None:
+    partial_path = path.with_name(f".{path.name}")
+    with partial_path.open("wb") as file:
+        np.savez_compressed(file, draws=draws.float().numpy())
+    os.replace(partial_path, path)
+
+
+def _check(config: Config) -> None:
+    for option, names, known in (
+        ("posteriors", config.posteriors, POSTERIORS),
+        ("guides", config.guides, GUIDES),
+    ):
+        unknown = ", ".join(name for name in names if name not in known)
+        if unknown or not names:
+            raise UserError(
+                f"--{option}: expected some of {', '.join(known)}; found {unknown or 'none'}"
+            )
+    for ok, option, expected, value in (
+        (config.seconds > 0, "seconds", "a positive time", config.seconds),
+        (config.steps > 0, "steps", "a positive number", config.steps),
+        (config.particles > 1, "particles", "at least 2", config.particles),
+        (0 < config.beta_start <= 1, "beta-start", "a value in (0, 1]", config.beta_start),
+        (0 <= config.beta_share <= 1, "beta-share", "a share in [0, 1]", config.beta_share),
+        (0 <= config.decay_start < 1, "decay-start", "a share in [0, 1)", config.decay_start),
+        (config.draws >= 100, "draws", "at least 100", config.draws),
+        (config.reference_draws >= 50, "reference-draws", "at least 50", config.reference_draws),
+        (len(config.seeds) > 0, "seeds", "one seed at least", config.seeds),
+    ):
+        if not ok:
+            raise UserError(f"--{option}: expected {expected}, found {value}")
+
+
+def main() -> None:
+    """Compares guides with posteriors."""
+    config = tyro.cli(Config, prog="python -m inference.posterior", description=__doc__)
+    # A global of the process, which this program owns.
+    torch.set_num_threads(config.threads)
+    with user_errors():
+        compare(config)
+
+
+if __name__ == "__main__":
+    main()

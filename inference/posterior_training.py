@@ -1,0 +1,177 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Training of an automatic guide on a posterior for a given time, and its options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor
+
+from inference.reference import flatten
+from models.posterior_guides import GUIDES
+from models.posteriors import POSTERIORS, Posterior
+from pyro_ardae import ARDAE, AutoImplicit, TraceImplicit_ELBO
+from pyro_ardae.unconstrained import UnconstrainedModel, guide_draws
+
+__all__ = ["Config", "Training"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of the comparison."""
+
+    posteriors: tuple[str, ...] = tuple(POSTERIORS)
+    """Posteriors to compare guides on."""
+    guides: tuple[str, ...] = tuple(GUIDES)
+    """Guides to compare."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of initialization and noise."""
+    seconds: float = 30.0
+    """Time of training of each guide. The schedules run over it, whatever the machine's speed."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What the time is measured in: wall-clock, or this process's CPU time, which on one thread is
+    the wall-clock of an idle core."""
+    steps: int = 1_000_000
+    """Training steps at most; the schedules run over whichever limit comes first."""
+    particles: int = 16
+    """Draws of the guide per step."""
+    learning_rate: float = 1e-2
+    """Step size of Adam for the normal, multivariate and implicit guides."""
+    flow_learning_rate: float = 2e-3
+    """Step size of Adam for the flows."""
+    decay_start: float = 0.3
+    """Share of the run after which step sizes fall, along a cosine, to zero."""
+    beta_start: float = 0.1
+    """Inverse temperature of the model at the first step, in (0, 1]; it rises to 1 geometrically,
+    for every guide, ..."""
+    beta_share: float = 0.3
+    """... over this share of the run."""
+    init_scale: float = 0.5
+    """Implicit guide: standard deviation of the latents on the reals before training."""
+    gain: float = 0.3
+    """Implicit guide: speed at which its network departs from a Gaussian."""
+    input_scale: float = 2.0
+    """Implicit guide: scale of the noise where it enters the network."""
+    score_samples: int = 512
+    """Implicit guide: draws by which the score is learned in a step."""
+    score_learning_rate: float = 4e-3
+    """Implicit guide: step size of the score network."""
+    draws: int = 4000
+    """Draws of each guide that are compared."""
+    reference_draws: int = 1000
+    """Reference draws per chain, 4 chains."""
+    reference_warm_up: int = 500
+    """Warm-up steps of NUTS."""
+    threads: int = 1
+    """CPU threads of torch; models of this size gain nothing by more."""
+    figures: bool = True
+    """Whether to draw pair plots."""
+    references: Path | None = None
+    """Folder of the reference draws; OUT/references if left out."""
+    out: Path = Path("runs/posterior")
+    """Run folder; new, or to go on with."""
+
+
+class Training:
+    """A guide in training on a posterior.
+
+    :param Posterior posterior: the posterior.
+    :param str guide: a name of :data:`models.posterior_guides.GUIDES`.
+    :param Config config: options.
+    """
+
+    def __init__(self, posterior: Posterior, guide: str, config: Config) -> None:
+        self.posterior, self.config = posterior, config
+        self.joint = UnconstrainedModel(
+            posterior.model, *(posterior.reference_args or posterior.args)
+        )
+        self.guide = _guide(guide, posterior, config)
+        self.steps_done, self.seconds, self.beta = 0, 0.0, config.beta_start
+        self.rate = config.learning_rate
+        if guide in ("iaf", "flow"):
+            self.rate = config.flow_learning_rate
+        self.loss: ELBO = self._loss()
+        self.guide(*posterior.args)  # makes its parameters
+        self.objective = self.loss(self._tempered, self.guide)
+        self.optimizer = torch.optim.Adam(self.guide.parameters(), self.rate, fused=True)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by seconds, in [0, 1]."""
+        config = self.config
+        return min(1.0, max(self.steps_done / config.steps, self.seconds / config.seconds))
+
+    def step(self) -> None:
+        """Takes one training step."""
+        config, progress = self.config, self.progress
+        left = 1 - progress / config.beta_share if config.beta_share else 0.0
+        self.beta = config.beta_start ** max(0.0, left)
+        past = (progress - config.decay_start) / (1 - config.decay_start)
+        decay = 0.5 + 0.5 * math.cos(math.pi * max(0.0, past))
+        self.optimizer.param_groups[0]["lr"] = self.rate * decay
+        if isinstance(self.loss, TraceImplicit_ELBO):
+            for estimator in self.loss.estimators.values():
+                # The score has less and less to follow, too.
+                estimator.learning_rate = config.score_learning_rate * max(0.1, decay)
+        self.objective(*self.posterior.args).backward()
+        torch.nn.utils.clip_grad_norm_(self.guide.parameters(), 100.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+
+    def train(self, clock: Callable[[], float]) -> Iterator[float]:
+        """Trains to the end of the time; yields the seconds of every step."""
+        started = clock()
+        while self.progress < 1:
+            before = self.seconds
+            self.step()
+            self.seconds = clock() - started
+            yield self.seconds - before
+
+    def draws(self, num_draws: int) -> Tensor:
+        """Draws of the guide, constrained: ``[num_draws, dim]``, float64.
+
+        :raises ValueError: if they are not finite.
+        """
+        posterior, joint = self.posterior, self.joint
+        args = posterior.args
+        found = guide_draws(self.guide, joint.sites, args, num_draws, joint.max_plate_nesting)
+        shapes = {name: site["value"].shape for name, site in joint.sites.items()}
+        return flatten({n: v.reshape(num_draws, *shapes[n]) for n, v in found.items()})[0]
+
+    def _tempered(self, *args: Any) -> None:
+        with poutine.scale(scale=self.beta):
+            self.posterior.model(*args)
+
+    def _loss(self) -> ELBO:
+        config = self.config
+        common: dict[str, Any] = {
+            "num_particles": config.particles,
+            "vectorize_particles": True,
+            "max_plate_nesting": self.joint.max_plate_nesting,
+        }
+        if not isinstance(self.guide, AutoImplicit):
+            return Trace_ELBO(**common)
+        estimator = partial(ARDAE, learning_rate=config.score_learning_rate)
+        return TraceImplicit_ELBO(estimator, num_score_samples=config.score_samples, **common)
+
+
+def _guide(name: str, posterior: Posterior, config: Config) -> Any:
+    if name == "implicit":
+        return AutoImplicit(
+            posterior.model,
+            init_scale=config.init_scale,
+            gain=config.gain,
+            input_scale=config.input_scale,
+        )
+    return GUIDES[name](posterior.model)
