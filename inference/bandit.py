@@ -1,0 +1,250 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""A bandit whose best policy is known: ``python -m inference.bandit [options]``.
+
+Examples::
+
+    python -m inference.bandit                                   # 1-D and 2-D, 60 s a run
+    python -m inference.bandit --bandits 6d --agents sac-ardae --seeds 0 1 2
+
+Four states, action values :math:`Q = \alpha \log p` with a bimodal p
+(:class:`models.environments.Bandit`). The policy is trained by the agent's own steps with the exact
+Q as critic, so what is seen is the policy and the estimate of its entropy's gradient. The best soft
+policy is p. Columns of results.csv, a row for each run and state:
+
+- ``kl``: KL(π‖p) in nats. The action's box is cut into cells, P their masses by quadrature,
+  n of N draws in each, K cells hit: :math:`\sum (n/N) \log (n/(N P)) - (K - 1) / (2 N)`;
+- ``weight``, ``weight_exact``: mass of π and of p in the half-space of the first mode;
+- ``log_prob_error``: mean over draws of the policy of |estimated log q(z | s) - that of a
+  histogram of 4 million other draws of z|, of the implicit policy;
+- ``log_prob_se``, ``stein``: as in docs/sac.md.
+
+With a factorized bandit (6d) ``kl`` is the mean over coordinates, and ``smallest_mode`` and
+``largest_mode`` are the modes' weights relative to the exact ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from inference.errors import UserError, user_errors
+from inference.sac_agent import Agent
+from inference.sac_policy import ImplicitPolicy
+from inference.sac_presets import AgentName, Config, build_policy
+from models.environments import BANDITS, Bandit
+
+__all__ = ["Options", "evaluate", "main", "train"]
+
+#: Cells a side of the action's box, and quadrature points a side of each.
+_CELLS = {1: 400, 2: 200}
+_POINTS = {1: 16, 2: 4}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the bandit."""
+
+    bandits: tuple[Literal["1d", "2d", "6d"], ...] = ("1d", "2d")
+    """Which bandits."""
+    agents: tuple[AgentName, ...] = ("sac", "sac-ardae")
+    """Which policies."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; everything is done for each."""
+    seconds: float = 60.0
+    """Time of training of each. The schedules run over it, whatever the machine's speed."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What the time is measured in: wall-clock, or this process's CPU time."""
+    updates: int = 1_000_000
+    """Updates at most; the schedules run over whichever limit comes first."""
+    draws: int = 4_000_000
+    """Draws of each state's policy for the evaluation."""
+    threads: int = 1
+    """CPU threads of torch."""
+    out: Path = Path("runs/bandit")
+    """Folder of results.csv."""
+    alpha_start: float = 2.0
+    """Factor on the temperature at first, falling to 1 geometrically, ..."""
+    alpha_share: float = 0.5
+    """... over this share of the time."""
+    decay_start: float = 0.5
+    """Share of the time after which step sizes fall, along a cosine, to zero."""
+    config: Config = dataclasses.field(
+        default_factory=lambda: Config(
+            auto_alpha=False, actor_learning_rate=1e-3, hidden_dims=(64, 64)
+        )
+    )
+    """Options of the agent."""
+
+
+def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) -> Agent:
+    """Trains a policy on the exact Q; returns its agent."""
+    torch.manual_seed(seed)
+    config = dataclasses.replace(
+        options.config, agent=agent_name, alpha=bandit.alpha, auto_alpha=False
+    )
+    policy = build_policy(config, Bandit.NUM_STATES, bandit.action_dim)
+    agent = Agent(policy, bandit, config)
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    score_rate, base = config.score_learning_rate, agent.log_alpha.clone()
+    states = bandit.states().repeat(config.batch_size // Bandit.NUM_STATES, 1)
+    started = clock()
+    while True:
+        progress = max((clock() - started) / options.seconds, agent.updates / options.updates)
+        if progress >= 1:
+            return agent
+        left = max(0.0, 1 - progress / options.alpha_share) if options.alpha_share else 0.0
+        agent.log_alpha.copy_(base + left * math.log(options.alpha_start))
+        past = max(0.0, (progress - options.decay_start) / (1 - options.decay_start))
+        decay = 0.5 + 0.5 * math.cos(math.pi * past)
+        agent.actor_optimizer.param_groups[0]["lr"] = config.actor_learning_rate * decay
+        if isinstance(policy, ImplicitPolicy):
+            policy.estimator.learning_rate = score_rate * max(0.1, decay)
+        draws = policy.fit(states)
+        agent.update_actor(states, draws)
+
+
+@torch.no_grad()
+def _cells(values: Tensor, low: float, high: float, size: int) -> Tensor:
+    """Counts of ``values [n, D]`` in a grid of ``size`` cells a side, flat."""
+    index = ((values - low) * (size / (high - low))).floor().long().clamp_(0, size - 1)
+    flat = torch.zeros(len(values), dtype=torch.long)
+    for column in index.unbind(-1):
+        flat = flat * size + column
+    return torch.bincount(flat, minlength=size ** values.shape[1]).double()
+
+
+def _masses(bandit: Bandit, obs: Tensor, dims: int) -> Tensor:
+    """Masses of p in the cells of the box, flat, by the midpoint rule."""
+    cells, points = _CELLS[dims], _POINTS[dims]
+    fine = cells * points
+    axis = torch.linspace(-1, 1, 2 * fine + 1, dtype=torch.float64)[1::2]
+    grid = axis.unsqueeze(-1) if dims == 1 else torch.cartesian_prod(axis, axis)
+    density = bandit.log_prob(obs.double().expand(len(grid), -1), grid).exp() * (2 / fine) ** dims
+    shape = (cells, points) * dims
+    sums = density.reshape(shape).sum(tuple(range(1, 2 * dims, 2))).flatten()
+    return sums / sums.sum()
+
+
+def _kl(counts: Tensor, masses: Tensor) -> float:
+    total, hit = counts.sum(), counts > 0
+    share = counts[hit] / total
+    kl = (share * (share.log() - masses[hit].clamp_min(1e-300).log())).sum()
+    return float(kl - (hit.sum() - 1) / (2 * total))
+
+
+def _draws(agent: Agent, obs: Tensor, count: int) -> Tensor:
+    """``count`` draws of z in one state ``[4]``, ``[count, D]``."""
+    parts = []
+    for start in range(0, count, 50_000):
+        size = min(50_000, count - start)
+        parts.append(agent.policy.actor.draw(obs.unsqueeze(0), size)[:, 0])
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def evaluate(options: Options, bandit: Bandit, agent: Agent) -> list[dict[str, Any]]:
+    """The rows of results of a policy, one for each state."""
+    dims, rows = bandit.action_dim, []
+    for state, obs in enumerate(bandit.states()):
+        z = _draws(agent, obs, options.draws)
+        action = z.tanh()
+        row: dict[str, Any] = {"state": state}
+        if bandit.factorized:
+            row |= _factorized(bandit, state, obs, action)
+        else:
+            row["kl"] = _kl(_cells(action, -1, 1, _CELLS[dims]), _masses(bandit, obs, dims))
+            along = action @ bandit.centers[1, state]
+            row |= {
+                "weight": float((along < 0).double().mean()),
+                "weight_exact": Bandit.WEIGHTS[state],
+            }
+        if isinstance(agent.policy, ImplicitPolicy):
+            row |= _log_prob_error(agent, obs, z) if dims < 3 else {}
+            several = obs.expand(agent.config.batch_size, -1)
+            row |= agent.policy.diagnostics(several)
+        rows.append(row)
+    return rows
+
+
+def _factorized(bandit: Bandit, state: int, obs: Tensor, action: Tensor) -> dict[str, float]:
+    one = Bandit(1, alpha=bandit.alpha)
+    masses = _masses(one, obs, 1)
+    kls = [_kl(_cells(column.unsqueeze(-1), -1, 1, _CELLS[1]), masses) for column in action.T]
+    first = torch.tensor(Bandit.WEIGHTS[state], dtype=torch.float64)
+    counts = _cells(action, -1, 1, 2)
+    exact = torch.ones(1, dtype=torch.float64)
+    for _ in range(bandit.action_dim):
+        exact = (exact.unsqueeze(-1) * torch.stack([first, 1 - first])).flatten()
+    relative = counts / counts.sum() / exact
+    return {
+        "kl": sum(kls) / len(kls),
+        "smallest_mode": float(relative.min()),
+        "largest_mode": float(relative.max()),
+    }
+
+
+def _log_prob_error(agent: Agent, obs: Tensor, z: Tensor) -> dict[str, float]:
+    """Mean absolute error of log q(z | s) against a histogram."""
+    assert isinstance(agent.policy, ImplicitPolicy)
+    low, high, size = -5.0, 5.0, 1000 if z.shape[1] == 1 else 400
+    width = (high - low) / size
+    density = _cells(z, low, high, size) / len(z) / width ** z.shape[1]
+    count, moment_draws = 2000, agent.policy.num_moment_draws
+    several = obs.expand(count, -1)
+    values, *others = agent.policy.actor.draw(several, 1 + moment_draws)
+    estimate = agent.policy.estimator.log_prob(values.unsqueeze(0), torch.stack(others), several)
+    index = ((values - low) / width).floor().long().clamp_(0, size - 1)
+    flat = index[:, 0] if z.shape[1] == 1 else index[:, 0] * size + index[:, 1]
+    exact = density[flat]
+    seen = exact > 0
+    error = estimate[0][seen] - exact[seen].log()
+    return {"log_prob_error": float(error.abs().mean()), "log_prob_bias": float(error.mean())}
+
+
+def main() -> None:
+    """Trains policies on the bandits and compares them with the best ones."""
+    options = tyro.cli(Options, prog="python -m inference.bandit", description=__doc__)
+    # A global of the process, which this program owns.
+    torch.set_num_threads(options.threads)
+    with user_errors():
+        _run(options)
+
+
+def _run(options: Options) -> None:
+    if options.seconds <= 0:
+        raise UserError(f"--seconds: expected a positive time, found {options.seconds}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in options.seeds:
+        for name in options.bandits:
+            for agent_name in options.agents:
+                agent = train(options, BANDITS[name], agent_name, seed)
+                head = {"bandit": name, "agent": agent_name, "seed": seed, "updates": agent.updates}
+                found = [head | row for row in evaluate(options, BANDITS[name], agent)]
+                rows += found
+                for row in found:
+                    shown = (
+                        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                        for k, v in row.items()
+                    )
+                    print(", ".join(shown), flush=True)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with (options.out / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

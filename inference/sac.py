@@ -1,0 +1,268 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trains an agent by soft actor-critic: ``python -m inference.sac PRESET [options]``.
+
+Examples::
+
+    python -m inference.sac halfcheetah-sac-ardae --seed 1
+    python -m inference.sac multigoal-sac-ardae
+    python -m inference.sac pendulum-sac --num-envs 4 --record-video
+    python -m inference.sac hopper-sac --resume runs/sac/hopper-sac-seed0
+
+The algorithm is :class:`inference.sac_agent.Agent`, its options are in ``inference.sac_presets``.
+The columns of metrics.csv are those of ``COLUMNS``, one row for each evaluation; docs/sac.md has
+their formulas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from inference import sac_plots
+from inference.errors import user_errors
+from inference.replay import Replay
+from inference.rollout import Collector, Episode, evaluate, make_envs, record_episode
+from inference.run import RunFolder, load_rng_state, rng_state
+from inference.sac_agent import Agent
+from inference.sac_presets import MAY_DIFFER, PRESETS, Config, build_policy, check
+from models.critics import TwinCritic
+from models.environments import MultiGoal
+
+__all__ = ["COLUMNS", "Training", "main", "run"]
+
+COLUMNS = (
+    *("step", "seconds", "updates", "steps_per_second", "train_return", "train_episodes"),
+    *("eval_return", "eval_return_std", "eval_length", "eval_return_no_noise"),
+    *("eval_return_no_noise_std", "goal_0", "goal_1", "goal_2", "goal_3"),
+    *("critic_loss", "q", "q_policy", "log_pi", "alpha", "max_z"),
+    *("score_loss", "stein", "stein_se", "log_prob_se"),
+)
+
+_DESCRIPTION = """Trains an agent by soft actor-critic; each preset below.
+
+Options follow the preset: python -m inference.sac PRESET --help lists them."""
+
+MULTI_GOAL = "pyro_ardae/MultiGoal-v0"
+
+
+class Training:
+    """All that a training run changes, and one step of it.
+
+    :param Config config: options.
+    :raises UserError: if the environment is not one that the agents can act in.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        envs = make_envs(config.env, config.num_envs)
+        self.collector = Collector(envs, seed=config.seed, name=config.env)
+        obs_dim, action_dim = self.collector.obs_dim, self.collector.action_dim
+        policy = build_policy(config, obs_dim, action_dim).to(config.device)
+        critic = TwinCritic(obs_dim, action_dim, hidden_dims=config.hidden_dims)
+        self.agent = Agent(policy, critic.to(config.device), config)
+        self.replay = Replay(config.buffer_size, obs_dim, action_dim, device=config.device)
+        self.seconds = 0.0
+
+    @property
+    def steps_done(self) -> int:
+        """Environment steps that were taken."""
+        return self.collector.steps
+
+    def step(self) -> dict[str, Tensor]:
+        """Takes a step of each environment, then as many updates; returns metrics of the last."""
+        config, replay = self.config, self.replay
+        ready = len(replay) >= min(config.learning_starts, config.buffer_size)
+        if ready or self.agent.updates:
+            action = self.agent.act(self.collector.obs.to(config.device)).cpu()
+        else:
+            action = 2 * torch.rand(config.num_envs, self.collector.action_dim) - 1
+        replay.add(self.collector.step(action))
+        metrics: dict[str, Tensor] = {}
+        for _ in range(config.num_envs if ready else 0):
+            metrics = self.agent.update(replay.sample(config.batch_size))
+        return metrics
+
+    def cut_episodes(self) -> None:
+        """Begins new episodes with a seed of their own: where a resumed run can go on exactly,
+        whatever an environment remembers.
+        """
+        seed = (1_000_003 * (self.config.seed + 1) + self.steps_done) % 2**31
+        self.collector.reset(seed)
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs, as tensors and plain values."""
+        return {
+            "agent": self.agent.state_dict(),
+            "replay": self.replay.state_dict() if self.config.save_buffer else None,
+            "collector": self.collector.state_dict(),
+            "rng": rng_state(),
+            "seconds": self.seconds,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state` returned."""
+        self.agent.load_state_dict(state["agent"])
+        if state["replay"] is not None:
+            self.replay.load_state_dict(state["replay"])
+        self.collector.load_state_dict(state["collector"])
+        self.cut_episodes()
+        self.seconds = state["seconds"]
+        load_rng_state(state["rng"])
+
+    def evaluate(self) -> dict[str, float]:
+        """Plays episodes apart from training, with and without noise; part of a row."""
+        noisy, still = self.play(noise=True), self.play(noise=False)
+        values, lengths = _column(noisy, "value"), _column(noisy, "length")
+        without = _column(still, "value")
+        row = {
+            "eval_return": float(values.mean()),
+            "eval_return_std": float(values.std(correction=0)),
+            "eval_length": float(lengths.mean()),
+            "eval_return_no_noise": float(without.mean()),
+            "eval_return_no_noise_std": float(without.std(correction=0)),
+        }
+        if self.config.env == MULTI_GOAL:
+            goals = torch.tensor([MultiGoal.goal(episode.last_obs.numpy()) for episode in noisy])
+            shares = torch.bincount(goals, minlength=4) / len(goals)
+            row |= {f"goal_{index}": float(share) for index, share in enumerate(shares)}
+        if len(self.replay):
+            with torch.random.fork_rng():
+                obs = self.replay.sample(self.config.batch_size).obs
+                row |= self.agent.policy.diagnostics(obs)
+        return row
+
+    def play(self, *, noise: bool) -> list[Episode]:
+        """Evaluation episodes. Their seed is the run's, so agents of one seed meet the same."""
+        config = self.config
+        return evaluate(
+            config.env,
+            lambda obs: self.agent.act(obs, noise=noise),
+            episodes=config.eval_episodes,
+            seed=config.seed + 10_000,
+            device=config.device,
+        )
+
+
+def _column(episodes: list[Episode], name: str) -> Tensor:
+    return torch.tensor([getattr(episode, name) for episode in episodes], dtype=torch.float64)
+
+
+def train(training: Training, folder: RunFolder) -> None:
+    """The training loop: steps, evaluations, checkpoints."""
+    config = training.config
+    started = time.perf_counter() - training.seconds
+    metrics: list[dict[str, Tensor]] = []
+    returns: list[float] = []
+    logged, rows = (training.steps_done, training.seconds), 0
+    progress = tqdm(total=config.steps, initial=training.steps_done, unit="step", mininterval=1.0)
+    with progress:
+        while training.steps_done < config.steps:
+            before = training.steps_done
+            metrics += [one for one in [training.step()] if one]
+            returns += [episode.value for episode in training.collector.take_finished()]
+            training.seconds = time.perf_counter() - started
+            progress.update(training.steps_done - before)
+            last = training.steps_done >= config.steps
+            if last or _passes(before, training.steps_done, config.eval_every):
+                taken = training.steps_done - logged[0]
+                row = {
+                    "step": training.steps_done,
+                    "updates": training.agent.updates,
+                    "steps_per_second": taken / max(1e-9, training.seconds - logged[1]),
+                    "alpha": training.agent.alpha,
+                    **training.evaluate(),
+                    **_means(metrics),
+                }
+                if returns:
+                    row |= {"train_return": sum(returns) / len(returns)}
+                training.seconds = time.perf_counter() - started
+                folder.log(row | {"train_episodes": len(returns), "seconds": training.seconds})
+                metrics, returns = [], []
+                logged, rows = (training.steps_done, training.seconds), rows + 1
+                value = row["eval_return"]
+                progress.set_postfix(eval_return=f"{value:.1f}")
+                progress.write(
+                    f"step {row['step']}: return {value:.1f} ± {row['eval_return_std']:.1f}, "
+                    f"without noise {row['eval_return_no_noise']:.1f}, "
+                    f"{row['steps_per_second']:.0f} steps/s"
+                )
+            if last or _passes(before, training.steps_done, config.checkpoint_every):
+                training.cut_episodes()
+                folder.save("latest", training.state())
+
+
+def _passes(before: int, after: int, every: int) -> bool:
+    return before // every < after // every
+
+
+def _means(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over updates; of ``max_z`` the maximum."""
+    columns = {name: torch.stack([one[name] for one in metrics]) for name in (metrics or [{}])[0]}
+    return {
+        name: float(values.max() if name == "max_z" else values.mean())
+        for name, values in columns.items()
+    }
+
+
+def run(config: Config) -> Path:
+    """Trains, evaluates, draws; returns the run folder."""
+    check(config)
+    pyro.set_rng_seed(config.seed)
+    training = Training(config)
+    options = dataclasses.asdict(config)
+    if config.resume is None:
+        path = config.out or Path("runs") / "sac" / f"{config.preset}-seed{config.seed}"
+        folder = RunFolder.create(path, options, COLUMNS)
+    else:
+        path = config.resume
+        folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
+        training.load_state(folder.load("latest", config.device))
+        folder.drop_rows_after(training.steps_done)
+    train(training, folder)
+    folder.close()
+
+    rows = sac_plots.read_metrics(path)
+    tail = rows["eval_return"][-5:]
+    results = {
+        "steps": training.steps_done,
+        "seconds": training.seconds,
+        "eval_return": rows["eval_return"][-1],
+        "eval_return_no_noise": rows["eval_return_no_noise"][-1],
+        "eval_return_last_five": sum(tail) / len(tail),
+    }
+    if config.env == MULTI_GOAL:
+        lasts = [rows[f"goal_{index}"][-5:] for index in range(4)]
+        results["goal_shares_last_five"] = [sum(last) / len(last) for last in lasts]
+    folder.write_json("results.json", results)
+    figures = sac_plots.draw_run(path, training.agent, training.replay, config)
+    if config.record_video:
+        act = training.agent.act
+        video = path / "figures" / "episode.gif"
+        figures.append(record_episode(config.env, act, video, seed=config.seed + 20_000))
+    print(f"run folder {path}, figures {', '.join(str(figure) for figure in figures)}")
+    return path
+
+
+def main() -> None:
+    """Trains an agent by soft actor-critic."""
+    config = tyro.extras.overridable_config_cli(
+        PRESETS, prog="python -m inference.sac", description=_DESCRIPTION
+    )
+    # A global of the process, which this program owns.
+    torch.set_num_threads(config.threads)
+    with user_errors():
+        run(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Soft actor-critic: the algorithm, for explicit and implicit policies alike."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from inference.replay import Batch
+from inference.sac_policy import ImplicitPolicy, Policy
+from inference.sac_presets import Config
+
+__all__ = ["ActionValue", "Agent"]
+
+
+class ActionValue(Protocol):
+    """Estimates of Q: ``obs [B, obs_dim]``, ``action [B, D]`` in (-1, 1) to ``[any number, B]``."""
+
+    def __call__(self, obs: Tensor, action: Tensor) -> Tensor: ...
+
+
+class Agent:
+    r"""Soft actor-critic (Haarnoja et al. 2018) with a policy whose density need not be known.
+
+    One update of the critics minimizes, with :math:`a', \log \pi` by the policy at s',
+
+    .. math:: \tfrac12 \sum_{j=1,2} E[(Q_j(s, a) - y)^2], \quad
+        y = r + \gamma (1 - d) (\min_j \bar Q_j(s', a') - \alpha \log \pi(a' \mid s')),
+
+    then one of the policy :math:`E[\alpha \log \pi(a \mid s) - \min_j Q_j(s, a)]`, a drawn anew,
+    with the updated critics; d is 1 where the episode terminated, 0 where it was cut off.
+
+    The agent takes batches and returns metrics; where they come from is not its concern.
+
+    :param Policy policy: the policy.
+    :param critic: two critics in one module; anything that gives values, without parameters, if
+        :meth:`update_critic` is not called.
+    :param Config config: options.
+    """
+
+    def __init__(self, policy: Policy, critic: Any, config: Config) -> None:
+        self.config, self.policy, self.critic = config, policy, critic
+        action_dim = policy.actor.action_dim
+        target = -float(action_dim) if config.target_entropy is None else config.target_entropy
+        self.target_entropy = target
+        self.log_alpha = torch.full((), math.log(config.alpha), device=config.device)
+        self.log_alpha.requires_grad_(config.auto_alpha)
+        self.entropy_mean = torch.zeros((), device=config.device)
+        self.updates = 0
+        self.actor_parameters = list(policy.actor.parameters())
+        rate, actor_rate = config.learning_rate, config.actor_learning_rate
+        self.actor_optimizer = torch.optim.Adam(self.actor_parameters, actor_rate, fused=True)
+        if isinstance(critic, torch.nn.Module):
+            self.target_critic = copy.deepcopy(critic).requires_grad_(False)
+            self.critic_optimizer = torch.optim.Adam(critic.parameters(), rate, fused=True)
+            self.alpha_optimizer = torch.optim.Adam([self.log_alpha], rate)
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One update of score, critics, policy and temperature; returns scalars, detached."""
+        draws = self.policy.fit(batch.obs)
+        metrics = self.update_critic(batch)
+        metrics |= self.update_actor(batch.obs, draws)
+        if self.config.auto_alpha:
+            self.update_alpha(metrics["log_pi"])
+        return metrics
+
+    def update_critic(self, batch: Batch) -> dict[str, Tensor]:
+        """One step on both critics, and one of their targets."""
+        config = self.config
+        next_z, log_pi = self.policy.sample(batch.next_obs)
+        mean = log_pi.mean()
+        if config.subtract_entropy_mean:
+            self.entropy_mean.lerp_(mean, 0.01 if self.updates else 1.0)
+            log_pi = log_pi - self.entropy_mean
+        with torch.no_grad():
+            next_q = self.target_critic(batch.next_obs, next_z.tanh()).amin(0)
+            next_value = next_q - self.alpha * log_pi
+            target = batch.reward + config.gamma * (1 - batch.terminated) * next_value
+        q = self.critic(batch.obs, batch.action)
+        loss = 0.5 * (q - target).square().mean(1).sum()
+        loss.backward()
+        self.critic_optimizer.step()
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                [*self.target_critic.parameters()], [*self.critic.parameters()], config.tau
+            )
+        return {"critic_loss": loss.detach(), "q": q.detach().mean(), "log_pi": mean}
+
+    def update_actor(self, obs: Tensor, draws: Tensor | None = None) -> dict[str, Tensor]:
+        """One step of the actor.
+
+        :param obs: ``[B, obs_dim]``.
+        :param draws: what ``policy.fit(obs)`` returned.
+        """
+        z, log_pi = self.policy.rsample(obs, draws)
+        q = self.critic(obs, z.tanh()).amin(0)
+        loss = (self.alpha * log_pi - q).mean() + self.penalty(obs, z)
+        # The gradient by the critics' weights is neither needed nor computed.
+        loss.backward(inputs=self.actor_parameters)
+        self.actor_optimizer.step()
+        self.actor_optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return {"q_policy": q.detach().mean(), "max_z": z.detach().abs().max()}
+
+    def update_alpha(self, log_pi: Tensor) -> None:
+        """One step of the temperature on the mean of log π, by its logarithm."""
+        (-self.log_alpha * (log_pi + self.target_entropy)).backward()
+        self.alpha_optimizer.step()
+        self.alpha_optimizer.zero_grad(set_to_none=True)
+
+    def penalty(self, obs: Tensor, z: Tensor) -> Tensor:
+        """What keeps an implicit actor in range: zero for the others."""
+        config = self.config
+        if not isinstance(self.policy, ImplicitPolicy):
+            return z.new_zeros(())
+        # Beyond it the tanh is flat, and only the entropy would still move a draw.
+        penalty = (z.abs() - config.bound).clamp_min(0).square().sum(-1).mean()
+        if config.jacobian_clamp:
+            weight = min(1 + self.updates**config.jacobian_exponent / 1000, 1e5)
+            clamp = self.policy.jacobian_penalty(obs, config.jacobian_clamp)
+            penalty = penalty + weight * clamp
+        return penalty
+
+    @property
+    def alpha(self) -> float:
+        """The temperature of the next update."""
+        alpha = math.exp(float(self.log_alpha))
+        left = 1 - self.updates / self.config.alpha_steps if self.config.alpha_steps else 0.0
+        return alpha * self.config.alpha_start ** max(0.0, left)
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, *, noise: bool = True) -> Tensor:
+        """Actions ``[B, D]`` in (-1, 1) for ``obs [B, obs_dim]``."""
+        actor = self.policy.actor
+        return (actor.draw(obs)[0] if noise else actor.center(obs)).tanh()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an update changes, as tensors and plain values."""
+        return {
+            "policy": self.policy.state_dict(),
+            "critic": self.critic.state_dict(),
+            "target_critic": self.target_critic.state_dict(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
+            "log_alpha": self.log_alpha.detach().clone(),
+            "entropy_mean": self.entropy_mean.clone(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        for name in (
+            *("policy", "critic", "target_critic"),
+            *("actor_optimizer", "critic_optimizer", "alpha_optimizer"),
+        ):
+            getattr(self, name).load_state_dict(state[name])
+        with torch.no_grad():
+            self.log_alpha.copy_(state["log_alpha"])
+            self.entropy_mean.copy_(state["entropy_mean"])
+        self.updates = state["updates"]

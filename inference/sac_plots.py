@@ -1,0 +1,174 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Figures of soft actor-critic: ``python -m inference.sac_plots RUN... --out FILE``.
+
+Draws the learning curves of run folders, one line for each environment and agent, with the range
+over its seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from inference import plots
+from inference.errors import UserError, user_errors
+from inference.replay import Replay
+from inference.rollout import evaluate
+from inference.run import RunFolder
+from inference.sac_agent import Agent
+from inference.sac_presets import Config
+from models.environments import MultiGoal
+
+__all__ = ["action_density", "draw_run", "learning_curves", "main", "read_metrics", "trajectories"]
+
+
+def read_metrics(path: Path) -> dict[str, list[float]]:
+    """The columns of a run's metrics.csv; nan where a row has nothing.
+
+    :raises UserError: if there is none.
+    """
+    try:
+        with (path / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"{path}: expected a run folder, found: {error}") from None
+    columns = rows[0] if rows else {}
+    return {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in columns}
+
+
+def learning_curves(
+    axes: Axes, runs: Mapping[str, Sequence[Mapping[str, list[float]]]], *, title: str
+) -> Axes:
+    """Draws evaluation return against steps: the mean over seeds, and their range.
+
+    :param Axes axes: where to draw.
+    :param runs: by label the metrics of each seed, see :func:`read_metrics`.
+    :param str title: title.
+    """
+    for label, seeds in runs.items():
+        count = min(len(metrics["step"]) for metrics in seeds)
+        steps = seeds[0]["step"][:count]
+        values = np.array([metrics["eval_return"][:count] for metrics in seeds])
+        (line,) = axes.plot(steps, values.mean(0), label=f"{label} ({len(seeds)} seeds)")
+        axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
+    axes.set(title=title, xlabel="environment steps", ylabel="evaluation return")
+    axes.legend()
+    return axes
+
+
+@torch.no_grad()
+def action_density(axes: Axes, agent: Agent, obs: Tensor, *, title: str) -> Axes:
+    """Draws the density of the first coordinate of the action in chosen states, by 20,000 draws.
+
+    :param Axes axes: where to draw.
+    :param Agent agent: the agent.
+    :param Tensor obs: ``[n, obs_dim]``.
+    :param str title: title.
+    """
+    for index, one in enumerate(obs):
+        actions = agent.act(one.expand(20_000, -1))[:, 0].cpu().numpy()
+        axes.hist(actions, bins=200, range=(-1, 1), density=True, histtype="step", label=f"{index}")
+    axes.set(title=title, xlabel="first coordinate of the action", ylabel="density")
+    return axes
+
+
+def trajectories(axes: Axes, paths: Sequence[Tensor], *, title: str) -> Axes:
+    """Draws trajectories of the multi-goal point over the distance term of its reward.
+
+    :param Axes axes: where to draw.
+    :param paths: positions ``[steps, 2]`` of each.
+    :param str title: title.
+    """
+    limit = MultiGoal.LIMIT
+    axis = np.linspace(-limit, limit, 141)
+    points = np.stack(np.meshgrid(axis, axis), -1)
+    distance = np.square(points[..., None, :] - MultiGoal.GOALS).sum(-1).min(-1)
+    axes.contour(axis, axis, -distance, levels=12, cmap="Greys", linewidths=0.6)
+    for index, path in enumerate(paths):
+        axes.plot(*path.cpu().numpy().T, linewidth=0.8, color=f"C{index % 10}")
+    axes.scatter(*MultiGoal.GOALS.T, color="C3", zorder=3)
+    axes.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    return axes
+
+
+def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[Path]:
+    """Writes the figures of a run: learning curve, action densities, multi-goal trajectories."""
+    figure, axes = _figure(2)
+    learning_curves(axes[0], {config.agent: [read_metrics(path)]}, title=config.env)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        obs = replay.sample(4).obs
+        action_density(axes[1], agent, obs, title="policy in four states of the buffer")
+        written = [plots.save(figure, path / "figures" / "run.png")]
+        if config.env == "pyro_ardae/MultiGoal-v0":
+            figure, axes = _figure(1)
+            trajectories(axes[0], _multi_goal_paths(agent, config), title=config.agent)
+            written.append(plots.save(figure, path / "figures" / "trajectories.png"))
+    return written
+
+
+def _multi_goal_paths(agent: Agent, config: Config, count: int = 10) -> list[Tensor]:
+    """Trajectories from the start, by following episodes that are played side by side."""
+    seen: list[Tensor] = []
+
+    def act(obs: Tensor) -> Tensor:
+        seen.append(obs)
+        return agent.act(obs)
+
+    episodes = evaluate(config.env, act, episodes=count, seed=config.seed + 20_000)
+    stacked = torch.stack(seen)
+    return [
+        torch.cat([stacked[: one.length, one.env], one.last_obs.unsqueeze(0)]) for one in episodes
+    ]
+
+
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+    # Without pyplot: no global state, no display needed.
+    figure = Figure(figsize=(5.5 * columns, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(np.ravel(figure.subplots(1, columns)))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Learning curves of run folders."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders; those of one environment and agent are its seeds."""
+    out: Path = Path("learning.png")
+    """The figure."""
+
+
+def main() -> None:
+    """Draws the learning curves of run folders."""
+    options = tyro.cli(Options, prog="python -m inference.sac_plots", description=__doc__)
+    with user_errors():
+        found: dict[str, dict[str, list[dict[str, list[float]]]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for path in options.runs:
+            config = RunFolder.read_config(path)
+            found[config["env"]][config["agent"]].append(read_metrics(path))
+        figure, axes = _figure(len(found))
+        for one, (env, agents) in zip(axes, found.items(), strict=True):
+            learning_curves(one, agents, title=env)
+        print(plots.save(figure, options.out))
+
+
+if __name__ == "__main__":
+    main()

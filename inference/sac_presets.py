@@ -1,0 +1,259 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Options and presets of soft actor-critic, and the policy that is built from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import tyro
+
+from inference.errors import UserError
+from inference.sac_policy import ExplicitPolicy, ImplicitPolicy, Policy
+from models.actors import FlowActor, GaussianActor, ImplicitActor
+from pyro_ardae import ARDAE
+
+__all__ = ["MAY_DIFFER", "PRESETS", "AgentName", "Config", "build_policy", "check"]
+
+AgentName = Literal["sac", "sac-nf", "sac-ardae"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a soft actor-critic run; each preset sets its own defaults."""
+
+    env: str = "Pendulum-v1"
+    """Environment by its gymnasium id: Box observations, bounded Box actions."""
+    agent: tyro.conf.Suppress[AgentName] = "sac"
+    """Gaussian, normalizing flow or implicit policy; fixed by the preset."""
+
+    steps: int = 100_000
+    """Environment steps."""
+    num_envs: int = 1
+    """Environments that are stepped together; there is one update for each of their steps."""
+    seed: int = 0
+    """Seed of everything."""
+    device: str = "cpu"
+    """Torch device."""
+    threads: int = 1
+    """CPU threads of torch; networks of this size gain little by more."""
+    out: Path | None = None
+    """Run folder; runs/sac/PRESET-seedN by default."""
+    resume: Path | None = None
+    """Run folder to go on with, given with the options of that run."""
+    eval_every: int = 10_000
+    """Environment steps between evaluations."""
+    eval_episodes: int = 10
+    """Episodes of an evaluation, with noise and as many without."""
+    checkpoint_every: int = 10_000
+    """Environment steps between checkpoints. Episodes are cut off there, as by a time limit."""
+    save_buffer: bool = True
+    """Whether checkpoints hold the replay buffer. Without it a resumed run fills a new one."""
+    record_video: bool = False
+    """Whether to record an episode of the trained agent, figures/episode.gif."""
+
+    buffer_size: int = 1_000_000
+    """Transitions that are kept."""
+    learning_starts: int = 5_000
+    """Environment steps with uniformly random actions before the first update."""
+    batch_size: int = 256
+    """Transitions of an update."""
+    gamma: float = 0.99
+    """Discount factor, in [0, 1)."""
+    tau: float = 0.005
+    """Share of the new weights in an update of the target critics, in (0, 1]."""
+    learning_rate: float = 3e-4
+    """Step size of Adam for critics and temperature."""
+    actor_learning_rate: float = 3e-4
+    """Step size of Adam for the actor."""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers of critics and actor."""
+
+    alpha: float = 0.2
+    """Temperature; at first, if it is tuned."""
+    auto_alpha: bool = True
+    """Whether the temperature is tuned such that the entropy meets a target."""
+    target_entropy: float | None = None
+    """That target in nats; minus the number of action dimensions by default."""
+    alpha_start: float = 1.0
+    """Fixed temperature: factor on it at the first update, falling to 1 geometrically, ..."""
+    alpha_steps: int = 0
+    """... over this many updates."""
+    subtract_entropy_mean: bool = False
+    """Whether the running mean of log π is subtracted from it in the target of the critics."""
+
+    noise_dim: int = 10
+    """sac-ardae: width of the actor's noise."""
+    noise_hidden_dims: tuple[int, ...] = (64, 64)
+    """sac-ardae: widths of the actor's layers that see the noise."""
+    noise_scale: float = 1.0
+    """sac-ardae: factor on the noise before the actor's first layer."""
+    spread: float = 0.6
+    """sac-ardae: scale of the draws before the tanh before training."""
+    min_scale: float = 0.02
+    """sac-ardae: least scale of the noise that the actor's last layer adds."""
+    bound: float = 4.0
+    """sac-ardae: magnitude before the tanh from which on a draw is penalized."""
+    jacobian_clamp: float = 0.0
+    """sac-ardae: squared stretch of the noise below which the actor is penalized; 0: none."""
+    jacobian_exponent: float = 1.1
+    """sac-ardae: the weight of that penalty is min(1 + update ** exponent / 1000, 1e5)."""
+    score_draws: int = 8
+    """sac-ardae: draws per state by which the score is learned in an update."""
+    score_folds: int = 2
+    """sac-ardae: parts into which an update of the score network cuts the draws."""
+    score_steps: int = 1
+    """sac-ardae: optimizer steps of an update, each on one part."""
+    score_hidden_dim: int = 64
+    """sac-ardae: width of the score network."""
+    score_depth: int = 2
+    """sac-ardae: hidden layers of the score network."""
+    score_learning_rate: float = 4e-3
+    """sac-ardae: step size of the score network."""
+    score_delta: float = 0.2
+    """sac-ardae: scale of the noise by which the score is learned, in units of q's own."""
+    score_normalizer_draws: int = 16
+    """sac-ardae: draws for the normalizing constant of log π."""
+
+    @property
+    def preset(self) -> str:
+        """Name of the preset that the environment and the agent belong to."""
+        return f"{TASKS.get(self.env, self.env.replace('/', '-'))}-{self.agent}"
+
+
+#: Options that a resumed run may change: none of them changes a step.
+MAY_DIFFER = (
+    *("steps", "device", "threads", "out", "resume", "eval_every", "eval_episodes"),
+    *("record_video",),
+)
+
+#: Names of the tasks in presets, by environment.
+TASKS = {
+    "Pendulum-v1": "pendulum",
+    "Hopper-v5": "hopper",
+    "HalfCheetah-v5": "halfcheetah",
+    "Walker2d-v5": "walker2d",
+    "Ant-v5": "ant",
+    "Humanoid-v5": "humanoid",
+    "HumanoidStandup-v5": "humanoidstandup",
+    "pyro_ardae/MultiGoal-v0": "multigoal",
+}
+
+_DESCRIPTIONS = {
+    "sac": "Gaussian policy",
+    "sac-nf": "normalizing-flow policy",
+    "sac-ardae": "implicit policy",
+}
+
+
+def _preset(env: str, agent: AgentName) -> Config:
+    config = Config(env=env, agent=agent)
+    if env == "Pendulum-v1":
+        config = dataclasses.replace(config, steps=10_000, learning_starts=500, eval_every=1000)
+    if env == "pyro_ardae/MultiGoal-v0":
+        config = dataclasses.replace(
+            config,
+            steps=20_000,
+            learning_starts=1000,
+            eval_every=1000,
+            checkpoint_every=5000,
+            eval_episodes=200,
+            buffer_size=100_000,
+            hidden_dims=(128, 128),
+            learning_rate=1e-3,
+            actor_learning_rate=1e-3,
+            auto_alpha=False,
+            alpha=0.3,
+        )
+    return config
+
+
+#: Description and options by name.
+PRESETS: dict[str, tuple[str, Config]] = {
+    config.preset: (f"{env}, {_DESCRIPTIONS[agent]}.", config)
+    for env in TASKS
+    for agent in get_args(AgentName)
+    for config in [_preset(env, agent)]
+}
+
+
+def check(config: Config) -> None:
+    """Refuses options out of range.
+
+    :raises UserError: naming the first of them.
+    """
+    for ok, option, expected in (
+        (config.steps > 0, "steps", "a positive number"),
+        (config.num_envs > 0, "num-envs", "a positive number"),
+        (config.eval_every > 0, "eval-every", "a positive number"),
+        (config.eval_episodes > 0, "eval-episodes", "a positive number"),
+        (config.checkpoint_every > 0, "checkpoint-every", "a positive number"),
+        (config.buffer_size >= config.num_envs, "buffer-size", "--num-envs at least"),
+        (config.batch_size > 1, "batch-size", "at least 2"),
+        (0 <= config.gamma < 1, "gamma", "a discount in [0, 1)"),
+        (0 < config.tau <= 1, "tau", "a share in (0, 1]"),
+        (config.learning_rate > 0, "learning-rate", "a positive number"),
+        (config.actor_learning_rate > 0, "actor-learning-rate", "a positive number"),
+        (config.alpha > 0, "alpha", "a positive temperature"),
+        (config.alpha_start > 0, "alpha-start", "a positive factor"),
+        (config.score_folds >= 2, "score-folds", "at least 2"),
+        (
+            config.score_draws >= 2 * config.score_folds,
+            "score-draws",
+            "at least two for each of --score-folds",
+        ),
+        (1 <= config.score_steps <= config.score_folds, "score-steps", "1 to --score-folds"),
+    ):
+        if not ok:
+            found = getattr(config, option.replace("-", "_"))
+            raise UserError(f"--{option}: expected {expected}, found {found}")
+
+
+def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
+    """Builds actor and, for the implicit one, score estimator.
+
+    :raises UserError: if the flow's package is missing.
+    """
+    if config.agent == "sac":
+        return ExplicitPolicy(GaussianActor(obs_dim, action_dim, hidden_dims=config.hidden_dims))
+    if config.agent == "sac-nf":
+        try:
+            return ExplicitPolicy(FlowActor(obs_dim, action_dim, hidden_dims=config.hidden_dims))
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"sac-nf: expected zuko to be installed, found: {error}; "
+                'pip install "pyro-ardae[flows]"'
+            ) from None
+    actor = ImplicitActor(
+        obs_dim,
+        action_dim,
+        hidden_dims=config.hidden_dims,
+        noise_dim=config.noise_dim,
+        noise_hidden_dims=config.noise_hidden_dims,
+        noise_scale=config.noise_scale,
+        spread=config.spread,
+        min_scale=config.min_scale,
+    )
+    estimator = ARDAE(
+        action_dim,
+        obs_dim,
+        parametrization="energy",
+        hidden_dim=config.score_hidden_dim,
+        depth=config.score_depth,
+        delta=config.score_delta,
+        num_folds=config.score_folds,
+        num_steps=config.score_steps,
+        learning_rate=config.score_learning_rate,
+        num_normalizer_samples=config.score_normalizer_draws,
+    )
+    per_fold = config.score_draws // config.score_folds
+    return ImplicitPolicy(
+        actor,
+        estimator,
+        num_draws=config.score_draws,
+        num_moment_draws=per_fold * (config.score_folds - 1),
+    )

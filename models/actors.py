@@ -1,0 +1,220 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Actors: policies over actions in :math:`(-1, 1)^D`, as distributions of what goes into a tanh.
+
+All of them draw :math:`z = g(s, \epsilon)`, and the action is :math:`a = \tanh(z)`, so that
+
+.. math:: \log \pi(a \mid s) = \log q(z \mid s) - \sum_i \log(1 - \tanh^2 z_i).
+
+========================  ====  ====================================================================
+:class:`GaussianActor`    2018  Haarnoja et al., `arXiv 1801.01290 <https://arxiv.org/abs/1801.01290>`_
+:class:`FlowActor`        2019  Mazoure et al., `arXiv 1905.06893 <https://arxiv.org/abs/1905.06893>`_
+:class:`ImplicitActor`    2020  Lim et al., `arXiv 2006.05164 <https://arxiv.org/abs/2006.05164>`_
+========================  ====  ====================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from models.networks import MLP
+
+__all__ = ["FlowActor", "GaussianActor", "ImplicitActor", "log_tanh_slope"]
+
+#: Bounds of the logarithm of a scale, those of Haarnoja et al.
+_LOG_SCALE = (-20.0, 2.0)
+
+
+def log_tanh_slope(z: Tensor) -> Tensor:
+    r"""``[..., D]`` to ``[...]``: :math:`\sum_i \log(1 - \tanh^2 z_i)`, without overflow.
+
+    It equals :math:`\sum_i 2 (\log 2 - z_i - \mathrm{softplus}(-2 z_i))`; its gradient is
+    :math:`-2 \tanh z`.
+    """
+    return 2 * (math.log(2) - z - F.softplus(-2 * z)).sum(-1)
+
+
+class GaussianActor(nn.Module):
+    """A diagonal Gaussian before the tanh.
+
+    :param int obs_dim: width of an observation, >= 1.
+    :param int action_dim: width D of an action, >= 1.
+    :param Sequence[int] hidden_dims: widths of the hidden layers, one at least.
+    """
+
+    def __init__(
+        self, obs_dim: int, action_dim: int, *, hidden_dims: Sequence[int] = (256, 256)
+    ) -> None:
+        super().__init__()
+        self.action_dim = action_dim
+        self.net = MLP((obs_dim, *hidden_dims, 2 * action_dim), activation=nn.ReLU)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """``obs [*batch, obs_dim]`` to location and logarithm of the scale, ``[*batch, D]``."""
+        loc, log_scale = self.net(obs).chunk(2, -1)
+        return loc, log_scale.clamp(*_LOG_SCALE)
+
+    def rsample_and_log_prob(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """A draw z ``[*batch, D]`` and log q(z | s) ``[*batch]``, both differentiable."""
+        loc, log_scale = self(obs)
+        noise = torch.randn_like(loc)
+        log_prob = -(0.5 * noise.square() + log_scale).sum(-1)
+        z = torch.addcmul(loc, log_scale.exp(), noise)
+        return z, log_prob - 0.5 * self.action_dim * math.log(2 * math.pi)
+
+    def draw(self, obs: Tensor, num_draws: int = 1) -> Tensor:
+        """Draws z, ``[num_draws, *batch, D]``, differentiable."""
+        loc, log_scale = self(obs)
+        return loc + log_scale.exp() * torch.randn((num_draws, *loc.shape)).to(loc)
+
+    def center(self, obs: Tensor) -> Tensor:
+        """The z without noise: the mode of q, ``[*batch, D]``."""
+        return self(obs)[0]
+
+
+class FlowActor(nn.Module):
+    r"""A Gaussian before the tanh whose noise passes through a neural spline flow of zuko.
+
+    :math:`z = \mu(s) + \sigma(s) \odot T(\epsilon; s)` with an inverse autoregressive T: a draw and
+    its density take one pass. Mazoure et al. use radial and other flows of 2019 that do not depend
+    on the state.
+
+    :param int obs_dim: width of an observation, >= 1.
+    :param int action_dim: width D of an action, >= 1.
+    :param Sequence[int] hidden_dims: widths of the hidden layers, one at least.
+    :param int transforms: number of spline transforms.
+    :param int bins: pieces of each spline.
+    :param int flow_dim: width of the networks of the splines, and of what they see of the state.
+    :raises ModuleNotFoundError: if zuko is not installed.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        hidden_dims: Sequence[int] = (256, 256),
+        transforms: int = 1,
+        bins: int = 8,
+        flow_dim: int = 64,
+    ) -> None:
+        super().__init__()
+        validate = Distribution._validate_args
+        from zuko.flows import NSF, Flow
+
+        # Importing zuko turns the validation of all distributions off.
+        Distribution.set_default_validate_args(validate)
+        self.action_dim = action_dim
+        outputs = 2 * action_dim + flow_dim
+        self.net = MLP((obs_dim, *hidden_dims, outputs), activation=nn.ReLU)
+        splines = NSF(
+            action_dim,
+            context=flow_dim,
+            transforms=transforms,
+            bins=bins,
+            hidden_features=[flow_dim],
+        )
+        self.flow = Flow(splines.transform.inv, splines.base)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Location, log scale ``[*batch, D]``, and what the splines see ``[*batch, flow_dim]``."""
+        output = self.net(obs)
+        loc, log_scale = output[..., : 2 * self.action_dim].chunk(2, -1)
+        return loc, log_scale.clamp(*_LOG_SCALE), output[..., 2 * self.action_dim :]
+
+    def rsample_and_log_prob(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """A draw z ``[*batch, D]`` and log q(z | s) ``[*batch]``, both differentiable."""
+        loc, log_scale, seen = self(obs)
+        x, log_prob = self.flow(seen).rsample_and_log_prob()
+        return torch.addcmul(loc, log_scale.exp(), x), log_prob - log_scale.sum(-1)
+
+    def draw(self, obs: Tensor, num_draws: int = 1) -> Tensor:
+        """Draws z, ``[num_draws, *batch, D]``, differentiable."""
+        loc, log_scale, seen = self(obs)
+        return loc + log_scale.exp() * self.flow(seen).rsample((num_draws,))
+
+    def center(self, obs: Tensor) -> Tensor:
+        """The z for zero noise, ``[*batch, D]``."""
+        loc, log_scale, seen = self(obs)
+        return loc + log_scale.exp() * self.flow(seen).transform.inv(torch.zeros_like(loc))
+
+
+class ImplicitActor(nn.Module):
+    r"""A network of state and noise before the tanh: samples, no density.
+
+    .. math:: z = \mu(h, \epsilon) + \sigma(h, \epsilon) \odot \epsilon', \quad h = h(s)
+
+    The state is encoded once, whatever the number of draws; the networks of the noise are narrower.
+    :math:`\epsilon'`, as wide as the action, keeps the draws off a manifold: without it, and with
+    noise no wider than the action, a policy in the plane collapses onto a curve.
+
+    :param int obs_dim: width of an observation, >= 1.
+    :param int action_dim: width D of an action, >= 1.
+    :param Sequence[int] hidden_dims: widths of the layers that encode the state, one at least.
+    :param int noise_dim: width of :math:`\epsilon`, >= 1.
+    :param Sequence[int] noise_hidden_dims: widths of the layers that see the noise, one or more.
+    :param float noise_scale: factor on the noise before the first layer, > 0: above 1 the map
+        starts with the steep slopes that separated modes need.
+    :param float spread: scale of the draws before training, > 0.
+    :param float min_scale: lower bound of :math:`\sigma`, > 0. Thinner than that, no ridge forms
+        for the score network to resolve.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        hidden_dims: Sequence[int] = (256, 256),
+        noise_dim: int = 10,
+        noise_hidden_dims: Sequence[int] = (128, 128),
+        noise_scale: float = 1.0,
+        spread: float = 0.6,
+        min_scale: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if noise_dim < 1 or not noise_hidden_dims:
+            raise ValueError(
+                "ImplicitActor: expected noise_dim >= 1 and one layer that sees the noise, got "
+                f"{noise_dim} and {tuple(noise_hidden_dims)}."
+            )
+        self.action_dim, self.noise_dim = action_dim, noise_dim
+        self.noise_scale, self.min_scale = noise_scale, min_scale
+        first = noise_hidden_dims[0]
+        self.trunk = MLP((obs_dim, *hidden_dims), activation=nn.ReLU, activate_output=True)
+        self.of_state = nn.Linear(hidden_dims[-1], first)
+        self.of_noise = nn.Linear(noise_dim, first, bias=False)
+        self.net = MLP((*noise_hidden_dims, 2 * action_dim), activation=nn.ReLU)
+        with torch.no_grad():
+            loc, log_scale = self.net.last.bias.view(2, action_dim)
+            loc.zero_()
+            log_scale.fill_(math.log(math.expm1(spread)))
+
+    def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """``obs [*batch, obs_dim]``, ``noise [n, *batch, noise_dim + D]`` to ``[n, *batch, D]``."""
+        noise, last = noise.split([self.noise_dim, self.action_dim], -1)
+        seen = self.of_state(self.trunk(obs))
+        hidden = torch.relu(seen + self.of_noise(self.noise_scale * noise))
+        loc, raw = self.net(hidden).chunk(2, -1)
+        return torch.addcmul(loc, F.softplus(raw) + self.min_scale, last)
+
+    def noise(self, obs: Tensor, num_draws: int = 1) -> Tensor:
+        """Fresh noise for :meth:`forward`."""
+        width = self.noise_dim + self.action_dim
+        shape = (num_draws, *obs.shape[:-1], width)
+        return torch.randn(shape, dtype=obs.dtype, device=obs.device)
+
+    def draw(self, obs: Tensor, num_draws: int = 1) -> Tensor:
+        """Draws z, ``[num_draws, *batch, D]``, differentiable."""
+        return self(obs, self.noise(obs, num_draws))
+
+    def center(self, obs: Tensor) -> Tensor:
+        """The z for zero noise, ``[*batch, D]``: between the modes of q if there are two."""
+        return self(obs, torch.zeros_like(self.noise(obs)))[0]
