@@ -148,9 +148,9 @@ def elbo_estimate(
         kind = _DensityEnumELBO
     elif isinstance(loss, TraceImplicitMeanField_ELBO):
         kind = _DensityMeanFieldELBO
-    started = loss is not None and all(
-        getattr(estimator, "parametrization", None) == "energy"
-        for estimator in loss.estimators.values()
+    trained = [] if loss is None else list(loss.estimators.values())
+    started = bool(trained) and all(
+        getattr(estimator, "parametrization", None) == "energy" for estimator in trained
     )
     factory = loss.score_estimator if loss is not None and started else _energy
     # Batches, whose means are independent, so that a loss that sums over particles will do.
@@ -163,6 +163,7 @@ def elbo_estimate(
         num_particles=particles,
         max_plate_nesting=plate_nesting(*traces),
         vectorize_particles=vectorize and particles > 1,
+        strict_enumeration_warning=loss is None or loss.strict_enumeration_warning,
     )
     if loss is not None and started:
         elbo.load_state_dict(loss.state_dict())

@@ -75,6 +75,10 @@ def log_likelihood(
     region without samples has no weight in the sum, nor in :math:`\hat k`. Scales (KL annealing,
     subsampling) are left out.
 
+    .. note:: A posterior whose tail on the reals falls exponentially, like that of the logarithm of
+        a variance near 0, is heavier there than any Gaussian: :math:`\hat k` is then above 0.7
+        also where ``ess`` is close to ``num_samples`` and the estimate good.
+
     Example::
 
         >>> import pyro, pyro.distributions as dist
@@ -131,9 +135,9 @@ def log_likelihood(
     if bad.any():
         warnings.warn(
             f"log_likelihood: Pareto k above {PARETO_K_LIMIT} for {int(bad.sum())} of "
-            f"{bad.numel()} (largest {float(khat.max()):.2f}): a few samples carry the estimate, "
-            "which is then too low by an unknown amount. Train the guide longer, use one that "
-            "covers the posterior's tails, or compare by another figure.",
+            f"{bad.numel()} (largest {float(khat.max()):.2f}): the weights' tail is too heavy for "
+            "the estimate and its error to be trusted; it tends to be too low. Train the guide "
+            "longer, or use one that covers the posterior's tails.",
             stacklevel=2,
         )
 

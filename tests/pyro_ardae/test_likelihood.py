@@ -1,0 +1,130 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""log_likelihood against models whose evidence is known."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch import Tensor
+
+from pyro_ardae import Implicit, log_likelihood
+
+X = torch.tensor([-1.0, 0.3, 2.0])
+
+
+def local(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+EXACT = dist.Normal(0.0, math.sqrt(1.25)).log_prob(X)
+
+
+def test_every_point_of_a_local_model(standard_errors: Callable[[int], float]) -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            scale = 0.5 / math.sqrt(1.25)
+            mean = x.unsqueeze(-1) / 1.25
+            noise = dist.Normal(mean, scale).to_event(1)
+            pyro.sample("z", Implicit(lambda e, c: e[..., 0], noise, mean, ()))
+
+    found = log_likelihood(local, guide, X, num_samples=1000)
+    assert found.plates == ("data",)
+    assert found.value.shape == found.error.shape == found.pareto_k.shape == (3,)
+    # The fit to 1000 draws is off by 3 %, so weights vary by few percent.
+    assert bool(((found.value - EXACT).abs() < standard_errors(3) * found.error + 1e-5).all())
+    assert float(found.error.max()) < 0.01
+    assert float(found.ess.min()) > 900
+    assert "3 points, 1000 samples" in str(found)
+
+
+def test_all_data_of_a_global_model(standard_errors: Callable[[int], float]) -> None:
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    exact = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 4.0).log_prob(X)
+    guide = AutoNormal(model, init_scale=0.6)
+    guide(X)
+    with torch.no_grad():
+        guide.locs.mu.copy_(X.sum() / (3 + 0.25))
+    found = log_likelihood(model, guide, X, num_samples=2000)
+    assert found.plates == ()
+    assert found.value.shape == ()
+    assert abs(float(found.value - exact)) < standard_errors(1) * float(found.error) + 1e-5
+    assert float(found.error) < 0.02
+    assert "all data" in str(found)
+
+
+def test_a_positive_latent_has_its_jacobian(standard_errors: Callable[[int], float]) -> None:
+    y = torch.tensor([0.2, 1.0, 5.0])
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("y", dist.LogNormal(z.log(), 0.5), obs=y)
+
+    def guide(y: Tensor) -> None:
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.LogNormal(y.log() / 1.25, 0.5 / math.sqrt(1.25)))
+
+    exact = dist.LogNormal(0.0, math.sqrt(1.25)).log_prob(y)
+    found = log_likelihood(model, guide, y)
+    assert bool(((found.value - exact).abs() < standard_errors(3) * found.error + 1e-5).all())
+    assert float(found.error.max()) < 0.01
+
+
+def test_a_bad_guide_is_warned_about() -> None:
+    def narrow(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 1.25, 0.05))
+
+    with pytest.warns(UserWarning, match=r"Pareto k above 0.7 for \d of 3 .* heavy for the est"):
+        found = log_likelihood(local, narrow, X, num_samples=1000)
+    assert float(found.pareto_k.max()) > 0.7
+    assert float(found.value.mean()) < float(EXACT.mean())
+
+
+def test_one_draw_at_a_time() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(x / 1.25, torch.full((3,), 0.45)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = log_likelihood(
+            local, guide, X, num_samples=200, num_guide_samples=100, parallel=False
+        )
+    assert float((found.value - EXACT).abs().max()) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:log_likelihood. Pareto")  # it is not trained
+def test_global_state_is_left_alone() -> None:
+    guide = AutoMultivariateNormal(local, init_scale=0.45)
+    guide(X)
+    before = set(pyro.get_param_store().keys())
+    with pyro.poutine.trace() as seen:
+        log_likelihood(local, guide, X, num_samples=200)
+    assert not [n for n in seen.trace.nodes if n in ("z", "x")]
+    assert set(pyro.get_param_store().keys()) == before
+
+
+def test_errors() -> None:
+    guide = AutoNormal(local)
+    with pytest.raises(ValueError, match="num_samples: expected at least 25, got 24"):
+        log_likelihood(local, guide, X, num_samples=24)
+    with pytest.raises(ValueError, match=r"at least 2 \* dim = 2 draws"):
+        log_likelihood(local, guide, X, num_guide_samples=1)
+    with pytest.raises(ValueError, match="chunk_size: expected at least 1, got 0"):
+        log_likelihood(local, guide, X, chunk_size=0)

@@ -1,0 +1,132 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.mcmc.util import initialize_model
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_ardae.unconstrained import UnconstrainedModel, guide_draws
+
+X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+
+
+def mixed(x: Tensor) -> None:
+    """Scalar, simplex, vector in a plate, scalar in two plates; a mask and a factor."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    weight = pyro.sample("weight", dist.Dirichlet(torch.ones(4)))
+    pyro.factor("factor", -mu.square() - weight[..., 0])
+    with pyro.plate("row", 3, dim=-2):
+        scale = pyro.sample("scale", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("column", 5, dim=-1), poutine.mask(mask=x > -0.5):
+            shape = pyro.sample("shape", dist.Gamma(2.0, 1.0))
+            pyro.sample("x", dist.Normal(mu + shape + scale.sum(-1), 1.0), obs=x)
+
+
+def local(x: Tensor) -> None:
+    with pyro.plate("row", 3, dim=-2), pyro.plate("column", 5, dim=-1):
+        scale = pyro.sample("scale", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(scale.sum(-1), 1.0), obs=x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_log_joint_is_minus_the_potential_of_pyro() -> None:
+    joint = UnconstrainedModel(mixed, X)
+    assert (joint.dim, joint.batch_shape, joint.plates) == (1 + 3 + 6 + 15, (), ())
+    values = guide_draws(AutoNormal(mixed, init_scale=0.5), joint.sites, (X,), 4, 2)
+    found = joint.log_joint(joint.pack(values))
+    _, potential, _, _ = initialize_model(mixed, (X,))
+    for i in range(4):
+        real = {}
+        for name, site in joint.sites.items():
+            value = values[name][i].reshape(site["value"].shape)
+            real[name] = biject_to(site["fn"].support).inv(value)
+        torch.testing.assert_close(found[i], -potential(real), atol=1e-10, rtol=0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("model", [mixed, local])
+def test_unpack_inverts_pack(model: Any) -> None:
+    joint = UnconstrainedModel(model, X)
+    values = guide_draws(AutoNormal(model), joint.sites, (X,), 6, 2)
+    latent = joint.pack(values)
+    assert latent.shape == (6, *joint.batch_shape, joint.dim)
+    for name, value in joint.unpack(latent).items():
+        torch.testing.assert_close(value, values[name])
+
+
+def test_sites_that_share_all_plates_are_a_batch() -> None:
+    joint = UnconstrainedModel(local, X)
+    assert (joint.dim, joint.batch_shape, joint.plates) == (2, (3, 5), ("row", "column"))
+    latent = torch.zeros(2, 3, 5, 2, dtype=torch.double)
+    latent[1, 0, 0] = 1.0
+    first, second = joint.log_joint(latent)
+    changed = (first - second).abs() > 1e-6
+    assert changed.nonzero().tolist() == [[0, 0]]
+
+
+@pytest.mark.usefixtures("float64")
+def test_draws_one_by_one_have_the_same_shapes() -> None:
+    joint = UnconstrainedModel(mixed, X)
+    guide = AutoDiagonalNormal(mixed)
+    shapes = [
+        {name: value.shape for name, value in draws.items()}
+        for draws in (
+            guide_draws(guide, joint.sites, (X,), 3, 2, parallel=parallel)
+            for parallel in (True, False)
+        )
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_scales_are_left_out() -> None:
+    scaled = UnconstrainedModel(poutine.scale(local, 0.1), X)
+    plain = UnconstrainedModel(local, X)
+    latent = torch.zeros(1, 3, 5, 2, dtype=torch.double)
+    torch.testing.assert_close(scaled.log_joint(latent), plain.log_joint(latent))
+
+
+def test_errors() -> None:
+    def nothing() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+    def discrete() -> None:
+        pyro.sample("k", dist.Categorical(torch.ones(3)))
+
+    def subsampled() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample_size=4):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=torch.zeros(4))
+
+    def given() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample=torch.arange(4)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=torch.zeros(4))
+
+    for model, message in (
+        (nothing, "expected a model with latent sites, got none"),
+        (discrete, "site 'k': expected continuous latents, got a discrete Categorical"),
+        (subsampled, "plate 'data': expected all data, got a subsample"),
+        (given, "plate 'data': expected all data, got a subsample"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            UnconstrainedModel(model)
+    joint = UnconstrainedModel(local, X)
+    with pytest.raises(ValueError, match="draws all latent sites of the model, got none for 'sca"):
+        guide_draws(lambda x: None, joint.sites, (X,), 3, 2)
+
+    def infinite(x: Tensor) -> None:
+        with pyro.plate("row", 3, dim=-2), pyro.plate("column", 5, dim=-1):
+            pyro.sample("scale", dist.Delta(torch.full((2,), torch.inf), event_dim=1))
+
+    with pytest.raises(ValueError, match="site 'scale': expected finite draws"):
+        guide_draws(infinite, joint.sites, (X,), 3, 2)
