@@ -99,6 +99,8 @@ class Config:
     """Implicit guide: widths of the hidden layers."""
     activation: Literal["elu", "relu", "silu", "softplus", "tanh"] = "silu"
     """Implicit guide: activation of the hidden layers."""
+    langevin_steps: int = 4
+    """Implicit guide: Langevin steps at its end."""
     num_score_samples: int = 1024
     """Implicit guide: draws by which the score is learned in a step."""
     num_score_updates: int = 1
@@ -226,6 +228,8 @@ def build(config: Config, guide: Guide) -> tuple[nn.Module, ELBO, float]:
             spread=config.spread,
             width=config.width,
             input_scale=config.input_scale,
+            energy=ENERGIES[config.energy],
+            langevin_steps=config.langevin_steps,
         )
         estimator = partial(
             ARDAE,

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -86,6 +87,11 @@ def _bump(x: Tensor, scale: float) -> Tensor:
     return -0.5 * (x / scale).square()
 
 
+def _log_add(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.logaddexp``, whose second derivative is NaN where the two are far apart."""
+    return a + F.softplus(b - a)
+
+
 def _ridge(z: Tensor) -> Tensor:
     return torch.sin(math.pi / 2 * z[..., 0])
 
@@ -93,7 +99,7 @@ def _ridge(z: Tensor) -> Tensor:
 def _u1(z: Tensor) -> Tensor:
     # hypot has no gradient at the origin; this far below rounding nothing else changes.
     radius = (z.square().sum(-1) + 1e-12).sqrt()
-    left_and_right = torch.logaddexp(_bump(z[..., 0] - 2, 0.6), _bump(z[..., 0] + 2, 0.6))
+    left_and_right = _log_add(_bump(z[..., 0] - 2, 0.6), _bump(z[..., 0] + 2, 0.6))
     return -_bump(radius - 2, 0.4) - left_and_right
 
 
@@ -104,13 +110,13 @@ def _u2(z: Tensor) -> Tensor:
 def _u3(z: Tensor) -> Tensor:
     above = z[..., 1] - _ridge(z)
     apart = 3 * _bump(z[..., 0] - 1, 0.6).exp()
-    return -torch.logaddexp(_bump(above, 0.35), _bump(above + apart, 0.35))
+    return -_log_add(_bump(above, 0.35), _bump(above + apart, 0.35))
 
 
 def _u4(z: Tensor) -> Tensor:
     above = z[..., 1] - _ridge(z)
     apart = 3 * torch.sigmoid((z[..., 0] - 1) / 0.3)
-    return -torch.logaddexp(_bump(above, 0.4), _bump(above + apart, 0.35))
+    return -_log_add(_bump(above, 0.4), _bump(above + apart, 0.35))
 
 
 #: The energies by name. The ridges of U3 part at z1 = 0.3 and meet again at 1.7, those of U4 part

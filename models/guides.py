@@ -100,24 +100,19 @@ class ImplicitGuide(nn.Module):
         # What does not depend on the noise is computed here, once per data point, and bound to
         # the sampler: Implicit would hand it one copy of the features for each draw.
         shift = self.from_features(features)
+        sampler = partial(self._sample, shift=shift)
+        implicit = Implicit(sampler, self.noise_dim, features, (self.latent_dim,))
         if self.base is None:
-            sampler = partial(self._transform, shift=shift)
-            return Implicit(sampler, self.noise_dim, features, (self.latent_dim,))
+            return implicit
+        # Loc and scale as a transform: their part of the entropy's gradient is exact and free of
+        # noise, as a Normal's is, and the score has to be learned for the deviation alone.
         loc, scale = self.base.loc(features), self.base.log_scale(features).exp()
-        sampler = partial(self._transform, shift=shift, loc=loc, scale=scale)
-        return Implicit(sampler, self.noise_dim, features, (self.latent_dim,))
+        affine = dist.transforms.AffineTransform(loc, scale, event_dim=1)
+        return dist.TransformedDistribution(implicit, [affine], validate_args=False)
 
-    def _transform(
-        self,
-        noise: Tensor,
-        _features: Tensor,
-        *,
-        shift: Tensor,
-        loc: Tensor | None = None,
-        scale: Tensor | None = None,
-    ) -> Tensor:
-        """Noise ``[*sample, B, noise_dim]`` to latents ``[*sample, B, latent_dim]``."""
+    def _sample(self, noise: Tensor, _features: Tensor, *, shift: Tensor) -> Tensor:
+        """Noise ``[*sample, B, noise_dim]`` to draws ``[*sample, B, latent_dim]``."""
         deviation = self.net(self.activation(self.from_noise(noise) + shift))
-        if loc is None or scale is None:
+        if self.base is None:
             return deviation
-        return loc + scale * (noise[..., : self.latent_dim] + self.gain * deviation)
+        return torch.add(noise[..., : self.latent_dim], deviation, alpha=self.gain)

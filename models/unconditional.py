@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyro.distributions as dist
 import torch
@@ -20,9 +20,18 @@ __all__ = ["FlowPosterior", "GaussianPosterior", "ImplicitPosterior"]
 
 
 class ImplicitPosterior(nn.Module):
-    r"""A Gaussian whose mean and factor are networks of further noise, which has no density.
+    r"""A Gaussian whose mean and factor are networks of further noise, then a few Langevin steps.
 
-    .. math:: z = s\, \epsilon_{1:D} + \mu(c\, \epsilon) + (t I + L(c\, \epsilon))\, \epsilon'
+    .. math::
+        z_0 &= s\, \epsilon_{1:D} + \mu(c\, \epsilon) + (t I + L(c\, \epsilon))\, \epsilon_0 \\
+        z_{k + 1} &= z_k - \frac{a_k \odot g_k}{1 + a_k \odot |g_k|} + b_k \odot \epsilon_{k + 1},
+            \quad g_k = \nabla U(z_k)
+
+    The network distributes the mass, the steps mend its shape. Neither part has a density: a guide
+    that need only be sampled may contain the model's own gradient. The scales :math:`a_k` and
+    :math:`b_k` are learned, and the steps are not adjusted: what they lead to is left to the
+    training. Their drift is tamed (Brosse et al., "The tamed unadjusted Langevin algorithm",
+    Stochastic Processes and their Applications 2019, coordinatewise).
 
     :param int latent_dim: width D of the latent.
     :param int noise_dim: width of the noise :math:`\epsilon`, D at least.
@@ -32,7 +41,10 @@ class ImplicitPosterior(nn.Module):
     :param float width: t, the scale of the Gaussian before training.
     :param float input_scale: c. Above 1 the network starts with the higher frequencies that narrow
         and winding densities take.
-    :raises ValueError: if the noise is too narrow.
+    :param Callable energy: U, ``[*, D]`` to ``[*]``, twice differentiable.
+    :param int langevin_steps: number of steps; none without an energy.
+    :param float step_size: a of every step before training, and half the square of b.
+    :raises ValueError: if the noise is too narrow, or steps are asked for without an energy.
     """
 
     def __init__(
@@ -45,24 +57,52 @@ class ImplicitPosterior(nn.Module):
         spread: float = 1.0,
         width: float = 0.5,
         input_scale: float = 1.0,
+        energy: Callable[[Tensor], Tensor] | None = None,
+        langevin_steps: int = 0,
+        step_size: float = 0.02,
     ) -> None:
         super().__init__()
         if noise_dim < latent_dim:
             raise ValueError(
                 f"noise_dim: expected at least latent_dim = {latent_dim}, got {noise_dim}"
             )
+        if langevin_steps and energy is None:
+            raise ValueError(f"langevin_steps: expected 0 without an energy, got {langevin_steps}")
         self.latent_dim = latent_dim
         self.noise_dim = noise_dim
         self.spread, self.width, self.input_scale = spread, width, input_scale
         outputs = latent_dim * (1 + latent_dim)
         self.net = MLP((noise_dim, *hidden_dims, outputs), activation=activation)
+        self.energy, self.langevin_steps = energy, langevin_steps
+        if langevin_steps:
+            shape = langevin_steps, latent_dim
+            self.log_drift = nn.Parameter(torch.full(shape, math.log(step_size)))
+            self.log_diffusion = nn.Parameter(torch.full(shape, 0.5 * math.log(2 * step_size)))
 
     def forward(self) -> dist.TorchDistribution:
-        noise_dim = self.noise_dim + self.latent_dim
+        noise_dim = self.noise_dim + self.latent_dim * (1 + self.langevin_steps)
         return Implicit(self._transform, noise_dim, None, (self.latent_dim,))
 
     def _transform(self, noise: Tensor) -> Tensor:
-        noise, last = noise.split([self.noise_dim, self.latent_dim], -1)
+        noise, first, *rest = noise.split(
+            [self.noise_dim, *[self.latent_dim] * (1 + self.langevin_steps)], -1
+        )
+        z = self._start(noise, first)
+        for k, noise in enumerate(rest):
+            move = self.log_drift[k].exp() * self._slope(z)
+            z = z - move / (1 + move.abs()) + self.log_diffusion[k].exp() * noise
+        return z
+
+    def _slope(self, z: Tensor) -> Tensor:
+        """The gradient of the energy, with a graph if z has one."""
+        assert self.energy is not None
+        graph = torch.is_grad_enabled() and z.requires_grad
+        with torch.enable_grad():
+            at = z if graph else z.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.energy(at).sum(), at, create_graph=graph)
+        return slope
+
+    def _start(self, noise: Tensor, last: Tensor) -> Tensor:
         output = self.net(self.input_scale * noise)
         loc, factor = output.split([self.latent_dim, self.latent_dim**2], -1)
         factor = factor.unflatten(-1, (self.latent_dim, self.latent_dim))

@@ -103,7 +103,7 @@ class ARDAE(WhitenedEstimator):
         super().__init__(
             dim,
             context_dim,
-            kind(dim, self.feature_dim(dim, context_dim), hidden_dim, depth),
+            kind(dim, self.feature_dim(dim, context_dim, whitening), hidden_dim, depth),
             num_folds=num_folds,
             num_steps=num_steps,
             whitening=whitening,
@@ -163,7 +163,7 @@ class ARDAE(WhitenedEstimator):
         """
         if not isinstance(self.network, EnergyNetwork):
             return super().log_prob(value, samples, context)
-        frame, w, features = self._query(value, samples, context)
+        frame, w, features = self._query(value, samples, context, center)
         shape = (self.num_normalizer_samples, *w.shape[1:])
         draws = frame.base.sample(torch.Size(shape), w)
         points = torch.cat([w, draws])

@@ -4,9 +4,9 @@
 """Networks of the score: a residual field, or the gradient of an energy, modulated by a context.
 
 Both are functions of one flat tensor of weights, so that an optimizer step and a running average
-are one operation each. The residual network's gradient is written out by hand: at the
-size that pays here (1,000 rows, 64 units) the bookkeeping of autograd costs as much as the
-arithmetic, and so does every pass over the rows that is no matrix product.
+are one operation each. The gradients of their losses are written out by hand: at the size that pays
+here (1,000 rows, 64 units) the bookkeeping of autograd costs as much as the arithmetic, and so does
+every pass over the rows that is no matrix product.
 """
 
 from __future__ import annotations
@@ -87,6 +87,32 @@ class _Modulated:
         b = torch.addmm(second_bias, g, second)
         h = F.silu(b)
         return torch.addmm(bias, h, last).view(shape), [features, a, g, b, h]
+
+    def _encoder_gradient(
+        self,
+        parts: list[Tensor],
+        grads: list[Tensor],
+        encoded: list[Tensor],
+        d_films: Tensor,
+        d_encoded: Tensor | None = None,
+    ) -> None:
+        """Write the encoder's gradient, from that by the films and by its last layer."""
+        grads[self.depth].copy_(d_films.sum(0))
+        if not self.feature_dim:
+            return
+        features, a, g, b, h = encoded
+        _, _, second, _, last = parts[self.depth + 1 : self.depth + 6]
+        d_first, d_first_bias, d_second, d_second_bias, d_last = grads[
+            self.depth + 1 : self.depth + 6
+        ]
+        _product(h.mT, d_films, d_last)
+        d_h = d_films @ last.mT
+        d_b = torch.ops.aten.silu_backward(d_h if d_encoded is None else d_h.add_(d_encoded), b)
+        _product(g.mT, d_b, d_second)
+        d_second_bias.copy_(d_b.sum(0))
+        d_a = torch.ops.aten.silu_backward(d_b @ second.mT, a)
+        _product(features.mT, d_a, d_first)
+        d_first_bias.copy_(d_a.sum(0))
 
     @staticmethod
     def inputs(w: Tensor, sigma: Tensor) -> Tensor:
@@ -186,25 +212,6 @@ class ResidualNetwork(_Modulated):
             h = g.flatten(0, 1) + h if i else g.flatten(0, 1)
         return h, saved
 
-    def _encoder_gradient(
-        self, parts: list[Tensor], grads: list[Tensor], encoded: list[Tensor], d_films: Tensor
-    ) -> None:
-        grads[self.depth].copy_(d_films.sum(0))
-        if not self.feature_dim:
-            return
-        features, a, g, b, h = encoded
-        _, _, second, _, last = parts[self.depth + 1 : self.depth + 6]
-        d_first, d_first_bias, d_second, d_second_bias, d_last = grads[
-            self.depth + 1 : self.depth + 6
-        ]
-        _product(h.mT, d_films, d_last)
-        d_b = torch.ops.aten.silu_backward(d_films @ last.mT, b)
-        _product(g.mT, d_b, d_second)
-        d_second_bias.copy_(d_b.sum(0))
-        d_a = torch.ops.aten.silu_backward(d_b @ second.mT, a)
-        _product(features.mT, d_a, d_first)
-        d_first_bias.copy_(d_a.sum(0))
-
 
 class EnergyNetwork(_Modulated):
     r"""Energy :math:`E = v^\top h + h_c^\top (A w + B w^2)`, whose negative gradient is
@@ -251,7 +258,11 @@ class EnergyNetwork(_Modulated):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """``[n, B, D]``: minus the gradient of the energy by w."""
-        return self._field(flat.detach(), w, sigma, features, dtype, create_graph=False)
+        with torch.enable_grad():
+            w = w.detach().requires_grad_()
+            energy = self.energy(flat.detach(), w, sigma, features, dtype=dtype).sum()
+            (gradient,) = torch.autograd.grad(energy, w)
+        return -gradient
 
     def loss(
         self,
@@ -265,28 +276,81 @@ class EnergyNetwork(_Modulated):
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean square of ``target + weight * field``, and its gradient by the flat weights."""
-        with torch.enable_grad():
-            flat = flat.detach().requires_grad_()
-            field = self._field(flat, w, sigma, features, dtype, create_graph=True)
-            loss = torch.addcmul(target, weight, field).square().mean()
-            (grad,) = torch.autograd.grad(loss, flat)
-        return loss.detach(), grad
+        parts = self.split(flat if dtype is None else flat.to(dtype))
+        films, encoded = self.encode(parts, features.to(parts[0].dtype))
+        v, quadratic = parts[-2:]
+        h = x = self.inputs(w, sigma).flatten(0, 1).to(parts[0].dtype)
+        saved = []
+        for i in range(self.depth):
+            scale = 1 + films[:, i, 0]
+            product = (h @ parts[i]).view(*w.shape[:-1], self.hidden_dim)
+            argument = torch.addcmul(films[:, i, 1], product, scale)
+            sigmoid = argument.sigmoid()
+            g = argument * sigmoid
+            saved.append((h, product, sigmoid, g, scale))
+            h = g.flatten(0, 1) + h if i else g.flatten(0, 1)
 
-    def _field(
-        self,
-        flat: Tensor,
-        w: Tensor,
-        sigma: Tensor,
-        features: Tensor,
-        dtype: torch.dtype | None,
-        *,
-        create_graph: bool,
-    ) -> Tensor:
-        with torch.enable_grad():
-            w = w.detach().requires_grad_()
-            energy = self.energy(flat, w, sigma, features, dtype=dtype).sum()
-            (gradient,) = torch.autograd.grad(energy, w, create_graph=create_graph)
-        return -gradient
+        # The energy's gradient by w: its adjoints by h, argument and product in every layer.
+        adjoints = []
+        of_h = v.mT
+        for i in reversed(range(self.depth)):
+            _, _, sigmoid, g, scale = saved[i]
+            slope = torch.addcmul(sigmoid, sigmoid, g, value=-1).add_(g)
+            of_argument = slope * of_h
+            of_product = (of_argument * scale).flatten(0, 1)
+            adjoints.append((slope, of_h, of_argument, of_product))
+            below = (of_product @ parts[i].mT).view(*w.shape[:-1], -1)
+            of_h = of_h + below if i else below
+        adjoints.reverse()
+        bowl = (encoded[-1] @ quadratic if encoded else quadratic).to(w.dtype)
+        a, b = bowl.chunk(2, -1)
+        slope_w = torch.addcmul(a, b, w, value=2).add_(of_h[..., : self.dim])
+        error = torch.addcmul(target, weight, slope_w, value=-1)
+        loss = error.square().mean()
+
+        # With e the loss's gradient by the field, that by the weights is the one of the energy's
+        # derivative along -e: reverse over forward. Its adjoints by the tangents are those above.
+        tangent_w = (error * weight).mul_(-2.0 / error.numel())
+        grad = torch.empty_like(flat)
+        grads = self.split(grad)
+        moved = x.new_zeros(x.shape)
+        moved[:, : self.dim] = tangent_w.flatten(0, 1)
+        tangents = []
+        for i in range(self.depth):
+            product = (moved @ parts[i]).view(*w.shape[:-1], self.hidden_dim)
+            tangents.append((moved, product))
+            g = (product * saved[i][4]).mul_(adjoints[i][0]).flatten(0, 1)
+            moved = moved + g if i else g
+        grads[-2].copy_(moved.sum(0).unsqueeze(-1))
+        d_films = torch.empty_like(films)
+        d_h: Tensor | None = None
+        for i in reversed(range(self.depth)):
+            below, product, sigmoid, g, scale = saved[i]
+            slope, of_h, of_argument, of_product = adjoints[i]
+            moved, tangent = tangents[i]
+            # The second derivative of SiLU: (1 - s) (2 s + g (1 - 2 s)).
+            curve = torch.addcmul(g, sigmoid, g, value=-2).add_(sigmoid, alpha=2)
+            curve.addcmul_(sigmoid, curve, value=-1)
+            d_argument = curve.mul_(tangent).mul_(scale).mul_(of_h)
+            if d_h is not None:
+                d_argument.addcmul_(slope, d_h)
+            along = torch.addcmul(product.mul_(d_argument), of_argument, tangent)
+            d_films[:, i, 0] = along.sum(0).sum_to_size(scale.shape)
+            d_films[:, i, 1] = d_argument.sum(0).sum_to_size(scale.shape)
+            d_product = d_argument.mul_(scale).flatten(0, 1)
+            _product(below.mT, d_product, grads[i])
+            grads[i].add_(moved.mT @ of_product)
+            if i:
+                up = (d_product @ parts[i].mT).view_as(slope)
+                d_h = up if d_h is None else d_h.add_(up)
+        d_bowl = torch.cat([tangent_w.sum(0), (2 * w * tangent_w).sum(0)], -1).to(quadratic.dtype)
+        if encoded:
+            _product(encoded[-1].mT, d_bowl, grads[-1])
+            self._encoder_gradient(parts, grads, encoded, d_films.flatten(1), d_bowl @ quadratic.mT)
+        else:
+            grads[-1].copy_(d_bowl.sum(0, keepdim=True))
+            self._encoder_gradient(parts, grads, encoded, d_films.flatten(1))
+        return loss, grad
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -90,7 +90,7 @@ class SlicedScore(WhitenedEstimator):
         super().__init__(
             dim,
             context_dim,
-            ResidualNetwork(dim, self.feature_dim(dim, context_dim), hidden_dim, depth),
+            ResidualNetwork(dim, self.feature_dim(dim, context_dim, whitening), hidden_dim, depth),
             num_folds=num_folds,
             num_steps=num_steps,
             whitening=whitening,

@@ -81,7 +81,9 @@ class WhitenedEstimator(TrainedEstimator):
         autocast: bool,
     ) -> None:
         super().__init__(dim, context_dim)
-        self._in_range("num_folds", num_folds, num_folds >= 2, ">= 2")
+        # Pooled moments are those of earlier draws: no fold has to be held out for them.
+        least = 2 if context_dim and whitening not in ("centered", "none") else 1
+        self._in_range("num_folds", num_folds, num_folds >= least, f">= {least}")
         num_steps = num_folds if num_steps is None else num_steps
         self._in_range("num_steps", num_steps, 1 <= num_steps <= num_folds, f"in [1, {num_folds}]")
         self._in_range("learning_rate", learning_rate, learning_rate > 0, "> 0")
@@ -105,9 +107,16 @@ class WhitenedEstimator(TrainedEstimator):
         self.register_buffer("feature_square", torch.ones(network.feature_dim))
 
     @staticmethod
-    def feature_dim(dim: int, context_dim: int) -> int:
+    def feature_dim(dim: int, context_dim: int, whitening: Mode) -> int:
         """Width of what the network is told of the frame and the context."""
-        return 2 * dim + context_dim if context_dim else 0
+        if not context_dim:
+            return 0
+        return context_dim if whitening in ("centered", "none") else 2 * dim + context_dim
+
+    @property
+    def needs_center(self) -> bool:  # type: ignore[override]
+        """Whether calls take ``center``: in the mode ``"centered"``."""
+        return self.whitening.mode == "centered"
 
     @abstractmethod
     def _loss(self, w: Tensor, features: Tensor, base: Student) -> tuple[Tensor, Tensor]:
@@ -136,6 +145,7 @@ class WhitenedEstimator(TrainedEstimator):
         :raises ValueError: for shapes that do not fit, or fewer than ``num_folds`` draws.
         """
         z, context = self._rows(samples, context)
+        z = self._less(z, center)
         count, rows, dim = z.shape
         n = count // self.num_folds
         if n < 1:
@@ -198,9 +208,10 @@ class WhitenedEstimator(TrainedEstimator):
         """Standardized frame and context, ``[..., K]``."""
         if not self.context_dim:
             return context.expand(*frame.mean.shape[:-3], -1, -1)
-        # The context is the same for all parts of an update.
+        # Constant frames say nothing. The context is the same for all parts of an update.
+        constant = self.whitening.mode in ("centered", "none")
         parts, at = [], 0
-        for raw in (frame.features(), context):
+        for raw in (context,) if constant else (frame.features(), context):
             span = slice(at, at := at + raw.shape[-1])
             mean, square = self.feature_mean[span], self.feature_square[span]
             if fit:
@@ -210,8 +221,9 @@ class WhitenedEstimator(TrainedEstimator):
                 square.lerp_(flat.square().mean(0), rate)
             scale = (square - mean.square()).clamp_min(0).sqrt() + 1e-3 * mean.abs() + 1e-8
             parts.append(((raw - mean) / scale).clamp_(-5, 5))
-        seen, standard = parts
-        return torch.cat([seen, standard.expand(*seen.shape[:-1], -1)], -1)
+        *seen, standard = parts
+        standard = standard.expand(*frame.mean.shape[:-3], -1, -1)
+        return torch.cat([*seen, standard], -1) if seen else standard
 
     @torch.no_grad()
     def forward(
@@ -223,7 +235,7 @@ class WhitenedEstimator(TrainedEstimator):
         center: Float[Tensor, "*batch dim"] | None = None,
     ) -> Float[Tensor, "N *batch dim"]:
         """The score at ``value``: the averaged network at sigma = 0."""
-        return self.smoothed(value, samples, context, sigma=0.0)
+        return self.smoothed(value, samples, context, sigma=0.0, center=center)
 
     @torch.no_grad()
     def smoothed(
@@ -233,18 +245,30 @@ class WhitenedEstimator(TrainedEstimator):
         context: Float[Tensor, "*batch C"] | None = None,
         *,
         sigma: float,
+        center: Float[Tensor, "*batch dim"] | None = None,
     ) -> Float[Tensor, "N *batch dim"]:
         """The score of q with noise of covariance ``sigma ** 2`` times its own, as :meth:`forward`.
 
         :param sigma: >= 0, within what the network has learned (``delta`` for ARDAE).
         """
-        frame, w, features = self._query(value, samples, context)
+        frame, w, features = self._query(value, samples, context, center)
         level = w.new_full((*w.shape[:-1], 1), sigma)
         r = self.network.field(self.averaged, w, level, features, dtype=self.hidden_dtype)
         return frame.pull_back(r + frame.base.score(w, sigma**2)).reshape(value.shape)
 
+    def _less(self, z: Tensor, center: Tensor | None) -> Tensor:
+        """``z [n, B, D]`` less the center, if it matters."""
+        if not self.needs_center:
+            return z
+        if center is None:
+            raise ValueError(
+                f"{type(self).__name__}: expected `center` with whitening='centered', got None. "
+                "Pass the sampler's output for zero noise, [*batch, dim]."
+            )
+        return z - center.detach().reshape(1, -1, self.dim)
+
     def _query(
-        self, value: Tensor, samples: Tensor, context: Tensor | None
+        self, value: Tensor, samples: Tensor, context: Tensor | None, center: Tensor | None
     ) -> tuple[Frame, Tensor, Tensor]:
         z, context = self._rows(samples, context)
         if value.shape[1:] != samples.shape[1:]:
@@ -252,8 +276,8 @@ class WhitenedEstimator(TrainedEstimator):
                 f"{type(self).__name__}: expected value [N, *batch, dim] with the samples' batch "
                 f"shape and dim {tuple(samples.shape[1:])}, got {tuple(value.shape)}."
             )
-        frame = self.whitening.frame(z, context)
-        at = value.detach().reshape(len(value), -1, self.dim)
+        frame = self.whitening.frame(self._less(z, center), context)
+        at = self._less(value.detach().reshape(len(value), -1, self.dim), center)
         return frame, frame.whiten(at), self._features(frame, context)
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ _GAUSSIAN = Student(math.inf, 1.0)
 
 __all__ = ["Frame", "Mode", "Whitening"]
 
-Mode = Literal["pooled", "full", "diagonal", "none"]
+Mode = Literal["pooled", "centered", "full", "diagonal", "none"]
 
 
 class Frame(NamedTuple):
@@ -63,6 +63,9 @@ class Whitening(nn.Module):
       over contexts and updates. A full Cholesky factor of few draws is noisy, a diagonal one lets
       thin correlated directions collapse; the pooled correlation does neither. Its eigenvalues
       within ``[low, high]`` are left alone and the others brought to that border.
+    - ``"centered"``: of z less the sampler's output for zero noise, which the estimator subtracts:
+      mean and covariance pooled over contexts and updates. For guides whose location and scale are
+      a transform after the implicit distribution: no moment is estimated from a few draws then.
     - ``"full"``: mean and Cholesky factor per context. Needs at least 2 D draws, or else
       ``"diagonal"`` is used, with one warning.
     - ``"diagonal"``: mean and scale per context.
@@ -97,12 +100,11 @@ class Whitening(nn.Module):
         high: float = 3.0,
     ) -> None:
         super().__init__()
-        if mode not in ("pooled", "full", "diagonal", "none"):
-            raise ValueError(
-                f"whitening: expected 'pooled', 'full', 'diagonal' or 'none', got {mode!r}."
-            )
-        self.dim, self.conditional, self.mode = dim, context_dim > 0, mode
-        regressed = 0 < context_dim <= Moments.MAX_CONTEXT_DIM and mode != "none"
+        if mode not in get_args(Mode):
+            raise ValueError(f"whitening: expected one of {get_args(Mode)}, got {mode!r}.")
+        self.dim, self.mode = dim, mode
+        self.conditional = context_dim > 0 and mode != "centered"
+        regressed = self.conditional and context_dim <= Moments.MAX_CONTEXT_DIM and mode != "none"
         self.moments = Moments(dim, context_dim) if regressed else None
         self.pooled_draws, self.low, self.high = pooled_draws, low, high
         self._warned = False
@@ -181,7 +183,8 @@ class Whitening(nn.Module):
             scale = self.pooled_cov.diagonal().clamp_min(1e-30).sqrt()
             self.pooled_corr.copy_(self.pooled_cov / (scale.unsqueeze(-1) * scale))
         self.pools += 1
-        unmixes = self.mode == "pooled" or (self.mode == "full" and not self.conditional)
+        unmixes = self.mode in ("pooled", "centered")
+        unmixes |= self.mode == "full" and not self.conditional
         # It changes little from one update to the next, and an eigendecomposition takes a while.
         if unmixes and (self.pools <= 16 or self.pools % 4 == 0):
             self._refresh_unmix(draws / rate)

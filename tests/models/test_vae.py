@@ -14,6 +14,7 @@ from models.networks import MLP
 from models.toy import NormalDecoder
 from models.vae import VAE
 from pyro_ardae import Implicit, TraceImplicit_ELBO
+from pyro_ardae.implicit import find_implicit
 
 LATENT, FEATURES = 2, 16
 
@@ -34,7 +35,7 @@ def implicit(*, gaussian_base: bool) -> ImplicitGuide:
 def test_implicit_head_draws_for_each_data_point(gaussian_base: bool) -> None:
     vae = make(implicit(gaussian_base=gaussian_base))
     posterior = vae.posterior(torch.randn(7, 2))
-    assert isinstance(posterior, Implicit)
+    assert isinstance(find_implicit(posterior), Implicit)
     assert posterior.sample((3,)).shape == (3, 7, LATENT)
     assert posterior.expand((4, 7)).sample((3,)).shape == (3, 4, 7, LATENT)
     assert vae.log_joint(torch.randn(7, 2), posterior.sample((3,))).shape == (3, 7)

@@ -33,11 +33,42 @@ def relative_error(estimate: Tensor, score: Tensor) -> float:
     return float((estimate - score).square().sum() / score.square().sum())
 
 
+# ---- centered ----------------------------------------------------------------------------------
+
+
+@every_estimator
+def test_centered_knows_draws_relative_to_their_center(float64: None, make: Factory) -> None:
+    """Shifting draws, values and center of each context leaves the score as it is."""
+    scores = []
+    for shift in (torch.zeros(4, 3), 10 * torch.randn(4, 3)):
+        torch.manual_seed(0)
+        estimator = make(3, 2, whitening="centered", hidden_dim=8, num_folds=1).double()
+        context = torch.randn(4, 2)
+        for _ in range(5):
+            samples = torch.randn(6, 4, 3).exp() + shift
+            estimator.update(samples, context, center=shift)
+        scores.append(estimator(samples, samples, context, center=shift))
+    torch.testing.assert_close(*scores, rtol=1e-9, atol=1e-9)
+
+
+@every_estimator
+def test_centered_wants_a_center_and_no_fold_held_out(make: Factory) -> None:
+    estimator = make(3, 2, whitening="centered", num_folds=1)
+    assert estimator.needs_center
+    with pytest.raises(ValueError, match="expected `center`"):
+        estimator.update(torch.randn(6, 4, 3), torch.randn(4, 2))
+    assert estimator.updates == 0
+    assert not make(3, 2).needs_center
+    with pytest.raises(ValueError, match="num_folds >= 2"):
+        make(3, 2, num_folds=1)
+    make(3, 0, num_folds=1)
+
+
 # ---- shapes --------------------------------------------------------------------------------------
 
 
 @every_estimator
-@pytest.mark.parametrize("mode", ["pooled", "full", "diagonal", "none"])
+@pytest.mark.parametrize("mode", ["pooled", "centered", "full", "diagonal", "none"])
 @pytest.mark.parametrize("batch", [(), (3, 1, 2)])
 @pytest.mark.parametrize(("dim", "context_dim"), [(1, 0), (3, 0), (1, 4), (3, 1)])
 @pytest.mark.filterwarnings("ignore:full whitening")
@@ -48,9 +79,10 @@ def test_shapes(
     samples = torch.randn(12, *batch, dim, requires_grad=True)
     value = torch.randn(7, *batch, dim, requires_grad=True)
     context = torch.randn(*batch, context_dim, requires_grad=True) if context_dim else None
+    center = torch.randn(*batch, dim, requires_grad=True)
     for _ in range(3):  # from the third on, moments are regressed
-        loss = estimator.update(samples, context, center=torch.zeros(*batch, dim))
-    score = estimator(value, samples, context)
+        loss = estimator.update(samples, context, center=center)
+    score = estimator(value, samples, context, center=center)
     assert (loss.shape, score.shape) == ((), value.shape)
     assert not loss.requires_grad
     assert not score.requires_grad
@@ -359,7 +391,7 @@ Z = torch.zeros(8, 5, 2)
 ERRORS: dict[str, tuple[Callable[[Factory], Any], str]] = {
     "hidden_dim": (lambda make: make(2, hidden_dim=0), "hidden_dim >= 1, got 0"),
     "depth": (lambda make: make(2, depth=0), "depth >= 1, got 0"),
-    "num_folds": (lambda make: make(2, num_folds=1), "num_folds >= 2, got 1"),
+    "num_folds": (lambda make: make(2, 1, num_folds=1), "num_folds >= 2, got 1"),
     "no steps": (lambda make: make(2, num_steps=0), r"num_steps in \[1, 4\], got 0"),
     "more steps than folds": (lambda make: make(2, num_steps=5), r"num_steps in \[1, 4\], got 5"),
     "learning_rate": (lambda make: make(2, learning_rate=0.0), "learning_rate > 0, got 0"),

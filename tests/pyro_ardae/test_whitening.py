@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_ardae.score.whitening import Frame, Whitening
 
 F, N, B, D, C = 4, 8, 5, 3, 2
-MODES = ["pooled", "full", "diagonal", "none"]
+MODES = ["pooled", "centered", "full", "diagonal", "none"]
 
 
 def draws(*shape: int) -> Tensor:
