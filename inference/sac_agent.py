@@ -131,7 +131,7 @@ class Agent:
     @property
     def alpha(self) -> float:
         """The temperature of the next update."""
-        alpha = math.exp(float(self.log_alpha))
+        alpha = math.exp(float(self.log_alpha.detach()))
         left = 1 - self.updates / self.config.alpha_steps if self.config.alpha_steps else 0.0
         return alpha * self.config.alpha_start ** max(0.0, left)
 

@@ -1,0 +1,371 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The agent: gradients against those derived by hand, targets, temperature, state."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inference.errors import UserError
+from inference.replay import Batch
+from inference.sac_agent import Agent
+from inference.sac_policy import ExplicitPolicy, ImplicitPolicy
+from inference.sac_presets import Config, build_policy, check
+from models.actors import GaussianActor, ImplicitActor, log_tanh_slope
+from models.critics import TwinCritic
+from pyro_ardae.score import ARDAE, ScoreEstimator
+
+SMALL = {"hidden_dims": (16,), "noise_hidden_dims": (16,), "noise_dim": 3, "batch_size": 8}
+
+
+class Oracle(ScoreEstimator):
+    """The exact score and density of the normal that a linear sampler draws from.
+
+    z = loc(s) + A noise, hence z ~ N(loc(s), A A^T).
+    """
+
+    def __init__(self, actor: LinearActor) -> None:
+        super().__init__(actor.action_dim, actor.obs_dim)
+        self.actor = [actor]
+
+    def _normal(self, context: Tensor) -> torch.distributions.MultivariateNormal:
+        actor = self.actor[0]
+        factor = actor.factor.detach()
+        return torch.distributions.MultivariateNormal(
+            context @ actor.loc.detach(), factor @ factor.mT
+        )
+
+    def update(
+        self, samples: Tensor, context: Tensor | None = None, *, center: Any = None
+    ) -> Tensor:
+        return torch.zeros(())
+
+    def forward(
+        self, value: Tensor, samples: Tensor, context: Tensor | None = None, *, center: Any = None
+    ) -> Tensor:
+        assert context is not None
+        normal = self._normal(context)
+        return -torch.linalg.solve(normal.covariance_matrix, value - normal.mean, left=False) @ (
+            torch.eye(self.dim)
+        )
+
+    def log_prob(
+        self, value: Tensor, samples: Tensor, context: Tensor | None = None, *, center: Any = None
+    ) -> Tensor:
+        assert context is not None
+        return self._normal(context).log_prob(value)
+
+
+class LinearActor(nn.Module):
+    """A sampler linear in state and noise: its q is a normal."""
+
+    def __init__(self, obs_dim: int, action_dim: int) -> None:
+        super().__init__()
+        self.obs_dim, self.action_dim = obs_dim, action_dim
+        self.loc = nn.Parameter(0.5 * torch.randn(obs_dim, action_dim))
+        self.factor = nn.Parameter(
+            torch.eye(action_dim) + 0.2 * torch.randn(action_dim, action_dim)
+        )
+        self.fixed: Tensor | None = None
+
+    def noise(self, obs: Tensor, num_draws: int = 1) -> Tensor:
+        if self.fixed is not None:
+            return self.fixed.expand(num_draws, -1, -1)
+        return torch.randn(num_draws, *obs.shape[:-1], self.action_dim)
+
+    def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
+        return obs @ self.loc + noise @ self.factor.mT
+
+    def draw(self, obs: Tensor, num_draws: int = 1) -> Tensor:
+        return self(obs, self.noise(obs, num_draws))
+
+    def center(self, obs: Tensor) -> Tensor:
+        return obs @ self.loc
+
+
+class Quadratic(nn.Module):
+    """Two action values with a known gradient: -|a - t_j s|^2."""
+
+    def __init__(self, obs_dim: int, action_dim: int) -> None:
+        super().__init__()
+        self.targets = nn.Parameter(torch.randn(2, obs_dim, action_dim))
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        return -(action - obs @ self.targets).square().sum(-1)
+
+
+def linear_agent(config: Config, obs_dim: int = 3, action_dim: int = 2) -> tuple[Agent, Any]:
+    actor: Any = LinearActor(obs_dim, action_dim)
+    policy = ImplicitPolicy(actor, Oracle(actor), num_draws=4, num_moment_draws=2)
+    return Agent(policy, Quadratic(obs_dim, action_dim), config), actor
+
+
+@pytest.mark.usefixtures("float64")
+def test_policy_gradient_by_hand() -> None:
+    """d/dtheta E[alpha log pi - min Q] along the draw, the density's own parameters held fixed."""
+    config = Config(agent="sac-ardae", alpha=0.7, auto_alpha=False, bound=1e9)
+    agent, actor = linear_agent(config)
+    obs = torch.randn(6, 3)
+    actor.fixed = torch.randn(1, 6, 2)
+    noise = actor.fixed[0]
+    agent.actor_optimizer = torch.optim.SGD(actor.parameters(), 1.0)
+    loc, factor = actor.loc.detach().clone(), actor.factor.detach().clone()
+    agent.update_actor(obs, agent.policy.fit(obs))
+
+    z = obs @ loc + noise @ factor.mT
+    a = z.tanh()
+    covariance = factor @ factor.mT
+    score = -(torch.linalg.inv(covariance) @ (z - obs @ loc).mT).mT
+    targets = obs @ agent.critic.targets.detach()  # [2, 6, D]
+    values = -(a - targets).square().sum(-1)
+    nearest = targets[values.argmin(0), torch.arange(6)]
+    of_q = -2 * (a - nearest) * (1 - a.square())
+    # The score of log pi along the draw, by z: that of q, and minus that of sum log(1 - tanh^2).
+    of_z = (0.7 * (score + 2 * a) - of_q) / 6
+    assert torch.allclose(loc - actor.loc, obs.mT @ of_z, rtol=0, atol=1e-10)
+    assert torch.allclose(factor - actor.factor, of_z.mT @ noise, rtol=0, atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+def test_explicit_policy_gradient_agrees_in_expectation() -> None:
+    """The Gaussian's own gradient differs from the path's by a term of mean zero: none is left of
+    it after integrating over the noise (Gauss-Hermite)."""
+    actor = GaussianActor(2, 1, hidden_dims=(8,))
+    obs = torch.randn(1, 2)
+    nodes, weights = (torch.from_numpy(one) for one in _hermite(80))
+    loc, log_scale = actor(obs)
+    z = loc + log_scale.exp() * nodes.unsqueeze(-1)
+    log_q = -0.5 * nodes.square() - log_scale.squeeze()
+    whole = (weights * (log_q - log_tanh_slope(z))).sum()
+    slope = (-nodes / log_scale.exp().squeeze()).detach() + 2 * z.detach().tanh().squeeze()
+    path = (weights * slope * z.squeeze()).sum()
+    parameters = list(actor.parameters())
+    for one, other in zip(
+        torch.autograd.grad(whole, parameters, retain_graph=True),
+        torch.autograd.grad(path, parameters),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, rtol=0, atol=1e-8)
+
+
+def _hermite(count: int) -> tuple[Any, Any]:
+    import numpy as np
+
+    nodes, weights = np.polynomial.hermite_e.hermegauss(count)
+    return nodes, weights / weights.sum()
+
+
+@pytest.mark.usefixtures("float64")
+def test_log_pi_of_an_implicit_policy() -> None:
+    agent, actor = linear_agent(Config(agent="sac-ardae", auto_alpha=False))
+    obs = torch.randn(5, 3)
+    actor.fixed = torch.randn(1, 5, 2)
+    z, log_pi = agent.policy.sample(obs)
+    normal = torch.distributions.MultivariateNormal(obs @ actor.loc, actor.factor @ actor.factor.mT)
+    expected = normal.log_prob(z) - (1 - z.tanh().square()).log().sum(-1)
+    assert torch.allclose(log_pi, expected, atol=1e-10)
+
+
+def batch(count: int, obs_dim: int = 3, action_dim: int = 2) -> Batch:
+    return Batch(
+        torch.randn(count, obs_dim),
+        torch.rand(count, action_dim) * 2 - 1,
+        torch.randn(count),
+        torch.randn(count, obs_dim),
+        (torch.arange(count) % 3 == 0).to(torch.get_default_dtype()),
+    )
+
+
+@pytest.mark.usefixtures("float64")
+def test_critic_step_by_hand() -> None:
+    """Termination stops the bootstrap, truncation does not; both critics step on their own loss."""
+    config = Config(agent="sac-ardae", alpha=0.3, auto_alpha=False, gamma=0.9, tau=0.1)
+    agent, actor = linear_agent(config)
+    actor.fixed = torch.randn(1, 9, 2)
+    one = batch(9)
+    critic, target = agent.critic, agent.target_critic
+    with torch.no_grad():
+        target.targets.add_(0.3)
+    agent.critic_optimizer = torch.optim.SGD(critic.parameters(), 1.0)
+    before, of_target = critic.targets.detach().clone(), target.targets.clone()
+    metrics = agent.update_critic(one)
+
+    next_z, log_pi = agent.policy.sample(one.next_obs)  # the noise is fixed
+    y = []
+    for i in range(9):
+        values = [
+            -(next_z[i].tanh() - one.next_obs[i] @ of_target[j]).square().sum() for j in range(2)
+        ]
+        follows = 0.9 * (min(values) - 0.3 * log_pi[i])
+        y.append(one.reward[i] if i % 3 == 0 else one.reward[i] + follows)
+    free = before.clone().requires_grad_()
+    q = -(one.action - one.obs @ free).square().sum(-1)
+    loss = sum(0.5 * (q[j, i] - y[i]) ** 2 / 9 for i in range(9) for j in range(2))
+    (gradient,) = torch.autograd.grad(loss, free)
+    assert torch.allclose(metrics["critic_loss"], loss.detach(), atol=1e-10)
+    assert torch.allclose(before - critic.targets, gradient, atol=1e-10)
+    assert torch.allclose(target.targets, 0.9 * of_target + 0.1 * critic.targets, atol=1e-10)
+
+
+def test_entropy_mean_is_subtracted() -> None:
+    agent, actor = linear_agent(Config(agent="sac-ardae", auto_alpha=False, gamma=0.5))
+    plain = agent.critic.targets.detach().clone()
+    actor.fixed = torch.randn(1, 9, 2)
+    one = batch(9)
+    results = {}
+    for subtract in (False, True):
+        with torch.no_grad():
+            agent.critic.targets.copy_(plain)
+            agent.target_critic.targets.copy_(plain)
+        agent.config = dataclasses.replace(agent.config, subtract_entropy_mean=subtract)
+        results[subtract] = agent.update_critic(one)
+    mean = results[False]["log_pi"]
+    assert torch.allclose(agent.entropy_mean, mean)
+    assert not torch.allclose(results[True]["critic_loss"], results[False]["critic_loss"])
+
+
+def test_temperature_moves_towards_the_target_entropy() -> None:
+    for log_pi, rises in ((5.0, True), (-5.0, False)):
+        agent, _ = linear_agent(Config(agent="sac-ardae", alpha=0.2, auto_alpha=True))
+        before = agent.alpha
+        agent.update_alpha(torch.tensor(log_pi))
+        # More entropy (smaller log pi) than wanted, 2 nats below zero: the temperature falls.
+        assert (agent.alpha > before) == rises
+        assert agent.target_entropy == -2
+
+
+def test_temperature_is_annealed() -> None:
+    agent, _ = linear_agent(
+        Config(agent="sac-ardae", alpha=0.1, auto_alpha=False, alpha_start=4.0, alpha_steps=100)
+    )
+    found = []
+    for updates in (0, 50, 100, 1000):
+        agent.updates = updates
+        found.append(agent.alpha)
+    assert found == pytest.approx([0.4, 0.2, 0.1, 0.1])
+
+
+def test_jacobian_penalty() -> None:
+    actor = ImplicitActor(3, 2, hidden_dims=(8,), noise_dim=4, noise_hidden_dims=(8,))
+    policy = ImplicitPolicy(actor, ARDAE(2, 3), num_draws=4, num_moment_draws=2)
+    obs = torch.randn(5, 3)
+    free = policy.jacobian_penalty(obs, 0.0)
+    assert float(free.detach()) == 0
+    penalty = policy.jacobian_penalty(obs, 1.0)
+    penalty.backward()
+    assert 0 < float(penalty.detach()) < 1
+    assert all(p.grad is not None for p in actor.parameters())
+    explicit = ExplicitPolicy(GaussianActor(3, 2))
+    assert float(explicit.jacobian_penalty(obs, 1.0)) == 0
+
+
+def test_draws_beyond_the_bound_are_penalized() -> None:
+    agent, _ = linear_agent(Config(agent="sac-ardae", auto_alpha=False, bound=2.0))
+    obs = torch.zeros(2, 3)
+    z = torch.tensor([[1.9, -1.9], [5.0, -2.0]])
+    assert float(agent.penalty(obs, z)) == pytest.approx(3**2 / 2)
+
+
+@pytest.mark.parametrize("name", ["sac", "sac-nf", "sac-ardae"])
+@pytest.mark.parametrize("auto_alpha", [True, False])
+def test_state_resumes_bit_for_bit(name: Any, auto_alpha: bool) -> None:
+    config = Config(agent=name, auto_alpha=auto_alpha, **SMALL)  # type: ignore[arg-type]
+
+    def build() -> Agent:
+        critic = TwinCritic(3, 2, hidden_dims=(8,))
+        return Agent(build_policy(config, 3, 2), critic, config)
+
+    one, other = build(), build()
+    batches = [batch(8) for _ in range(8)]
+    for first in batches[:4]:
+        one.update(first)
+    # A copy: what is restored shares its tensors with the state.
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    results = []
+    for agent in (one, other):
+        torch.manual_seed(7)
+        for more in batches[4:]:
+            metrics = agent.update(more)
+        results.append((metrics, agent.act(torch.ones(2, 3))))
+    assert torch.equal(results[0][1], results[1][1])
+    assert all(torch.equal(value, results[1][0][key]) for key, value in results[0][0].items())
+    assert (abs(one.alpha - config.alpha) > 1e-6) == auto_alpha
+
+
+@pytest.mark.parametrize("name", ["sac", "sac-nf", "sac-ardae"])
+def test_only_the_actor_learns_in_its_step(name: Any) -> None:
+    config = Config(agent=name, **SMALL)  # type: ignore[arg-type]
+    agent = Agent(build_policy(config, 3, 2), TwinCritic(3, 2, hidden_dims=(8,)), config)
+    obs = torch.randn(8, 3)
+    agent.update_actor(obs, agent.policy.fit(obs))
+    assert all(p.grad is None for p in agent.critic.parameters())
+    metrics = agent.update(batch(8))
+    assert all(torch.isfinite(value) for value in metrics.values())
+    assert all(not p.requires_grad for p in agent.target_critic.parameters())
+
+
+def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
+    policy = build_policy(Config(agent="sac-ardae"), 3, 2)
+    assert isinstance(policy, ImplicitPolicy)
+    assert type(policy.estimator) is ARDAE
+    found = policy.diagnostics(torch.randn(16, 3))
+    assert found.keys() == {"score_loss", "stein", "stein_se", "log_prob_se"}
+    assert all(math.isfinite(value) for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "--steps: expected a positive number, found 0"),
+        ({"gamma": 1.0}, "--gamma: expected a discount"),
+        ({"tau": 0.0}, "--tau: expected a share"),
+        ({"alpha": -1.0}, "--alpha: expected a positive temperature"),
+        ({"batch_size": 1}, "--batch-size: expected at least 2"),
+        ({"score_draws": 3}, "--score-draws: expected at least two for each"),
+        ({"score_folds": 1}, "--score-folds: expected at least 2"),
+        ({"score_steps": 3}, "--score-steps: expected 1 to --score-folds"),
+        ({"buffer_size": 0}, "--buffer-size: expected --num-envs at least"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(Config(**options))
+
+
+def test_too_few_draws() -> None:
+    actor = ImplicitActor(3, 2)
+    with pytest.raises(ValueError, match="2 <= num_moment_draws <= num_draws, got 1 and 4"):
+        ImplicitPolicy(actor, ARDAE(2, 3), num_draws=4, num_moment_draws=1)
+
+
+@pytest.mark.slow
+def test_gaussian_policy_on_a_bandit_is_the_best_gaussian(
+    standard_errors: Callable[[int], float],
+) -> None:
+    """With a quadratic Q, the best policy before the tanh is found in closed form by quadrature."""
+
+    # Q = -a^2 / 2 with alpha = 0.5 and zero state: pi is proportional to exp(-a^2).
+    class Parabola:
+        def __call__(self, obs: Tensor, action: Tensor) -> Tensor:
+            return -0.5 * action.square().sum(-1).unsqueeze(0)
+
+    config = Config(agent="sac-ardae", alpha=0.5, auto_alpha=False, actor_learning_rate=1e-3)
+    torch.manual_seed(0)
+    agent = Agent(build_policy(config, 2, 1), Parabola(), config)
+    obs = torch.zeros(256, 2)
+    for _ in range(600):
+        agent.update_actor(obs, agent.policy.fit(obs))
+    a = agent.act(torch.zeros(20_000, 2))[:, 0].double()
+    grid = torch.linspace(-1, 1, 100_001, dtype=torch.float64)
+    weight = (-grid.square()).exp()
+    exact = float((weight * grid.square()).sum() / weight.sum())
+    assert float(a.square().mean()) == pytest.approx(exact, rel=0.1)

@@ -1,0 +1,52 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Gradients that are written out by hand, against autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", [EnergyNetwork, ResidualNetwork])
+@pytest.mark.parametrize("feature_dim", [0, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_gradient_of_the_loss(
+    kind: type[EnergyNetwork] | type[ResidualNetwork], feature_dim: int, depth: int
+) -> None:
+    network = kind(3, feature_dim, 8, depth)
+    flat = (network.initial().double() + 0.1 * torch.randn(network.size)).requires_grad_()
+    w, sigma, features = torch.randn(4, 5, 3), torch.randn(4, 5, 1), torch.randn(5, feature_dim)
+    target, weight = torch.randn(4, 5, 3), torch.randn(4, 5, 1)
+    value, gradient = network.loss(flat.detach(), w, sigma, features, target, weight)
+
+    if isinstance(network, EnergyNetwork):
+        w = w.requires_grad_()
+        energy = network.energy(flat, w, sigma, features).sum()
+        field = -torch.autograd.grad(energy, w, create_graph=True)[0]
+        assert torch.allclose(network.field(flat, w, sigma, features), field.detach())
+    else:
+        field = network.field(flat, w, sigma, features)
+    loss = (target + weight * field).square().mean()
+    (expected,) = torch.autograd.grad(loss, flat)
+    assert torch.allclose(value, loss.detach(), rtol=0, atol=1e-12)
+    assert torch.allclose(gradient, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [EnergyNetwork, ResidualNetwork])
+@pytest.mark.parametrize("feature_dim", [0, 4])
+def test_bfloat16_gradient_is_about_the_same(
+    kind: type[EnergyNetwork] | type[ResidualNetwork], feature_dim: int
+) -> None:
+    network = kind(3, feature_dim, 32, 2)
+    flat = network.initial() + 0.1 * torch.randn(network.size)
+    w, sigma, features = torch.randn(8, 50, 3), torch.randn(8, 50, 1), torch.randn(50, feature_dim)
+    target = torch.randn(8, 50, 3)
+    _, exact = network.loss(flat, w, sigma, features, target, sigma)
+    _, rounded = network.loss(flat, w, sigma, features, target, sigma, dtype=torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    assert float((rounded - exact).norm()) < 0.02 * float(exact.norm())
