@@ -169,8 +169,7 @@ def _dims(sites: Mapping[str, Any], given: Mapping[str, Sequence[str]]) -> dict[
         for frame in site["cond_indep_stack"]:
             at = len(batch) + frame.dim if frame.vectorized else -1
             if at >= 0 and batch[at] == frame.size:
-                # xarray takes a variable that is named as its dimension for a coordinate.
-                label[at] = frame.name if frame.name not in sites else f"{frame.name}_plate"
+                label[at] = frame.name
         wanted = list(given.get(name, label))
         if len(wanted) != len(label):
             raise ValueError(
