@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from inference.reference import flatten
@@ -43,7 +43,7 @@ class Config:
     the wall-clock of an idle core."""
     steps: int = 1_000_000
     """Training steps at most; the schedules run over whichever limit comes first."""
-    particles: int = 16
+    particles: int = 32
     """Draws of the guide per step."""
     learning_rate: float = 1e-2
     """Step size of Adam for the normal, multivariate and implicit guides."""
@@ -51,16 +51,14 @@ class Config:
     """Step size of Adam for the flows."""
     decay_start: float = 0.3
     """Share of the run after which step sizes fall, along a cosine, to zero."""
-    beta_start: float = 0.1
-    """Inverse temperature of the model at the first step, in (0, 1]; it rises to 1 geometrically,
+    beta_start: float = 0.01
+    """Weight of the data's log-density at the first step, in (0, 1]; it rises to 1 geometrically,
     for every guide, ..."""
-    beta_share: float = 0.3
+    beta_share: float = 0.4
     """... over this share of the run."""
-    init_scale: float = 0.5
-    """Implicit guide: standard deviation of the latents on the reals before training."""
-    gain: float = 0.3
+    gain: float = 0.1
     """Implicit guide: speed at which its network departs from a Gaussian."""
-    input_scale: float = 2.0
+    input_scale: float = 1.0
     """Implicit guide: scale of the noise where it enters the network."""
     score_samples: int = 512
     """Implicit guide: draws by which the score is learned in a step."""
@@ -150,7 +148,7 @@ class Training:
         return flatten({n: v.reshape(num_draws, *shapes[n]) for n, v in found.items()})[0]
 
     def _tempered(self, *args: Any) -> None:
-        with poutine.scale(scale=self.beta):
+        with _Temper(self.beta):
             self.posterior.model(*args)
 
     def _loss(self) -> ELBO:
@@ -166,12 +164,24 @@ class Training:
         return TraceImplicit_ELBO(estimator, num_score_samples=config.score_samples, **common)
 
 
+class _Temper(Messenger):
+    """Scales the log-density of the data, not that of the prior."""
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self._beta = beta
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self._beta
+
+
 def _guide(name: str, posterior: Posterior, config: Config) -> Any:
-    if name == "implicit":
-        return AutoImplicit(
-            posterior.model,
-            init_scale=config.init_scale,
-            gain=config.gain,
-            input_scale=config.input_scale,
-        )
-    return GUIDES[name](posterior.model)
+    if name != "implicit":
+        return GUIDES[name](posterior.model, posterior.spread)
+    return AutoImplicit(
+        posterior.model,
+        init_scale=posterior.spread,
+        gain=config.gain,
+        input_scale=config.input_scale,
+    )

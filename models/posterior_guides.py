@@ -57,11 +57,12 @@ class AutoFlow(AutoContinuous):
         return self.flow()
 
 
-GUIDES: dict[str, Callable[[Callable[..., Any]], AutoGuide]] = {
-    "normal": AutoNormal,
-    "multivariate": AutoMultivariateNormal,
-    "iaf": lambda model: AutoIAFNormal(model, num_transforms=2),
-    "flow": AutoFlow,
-    "implicit": AutoImplicit,
+GUIDES: dict[str, Callable[[Callable[..., Any], float], AutoGuide]] = {
+    "normal": lambda model, spread: AutoNormal(model, init_scale=spread),
+    "multivariate": lambda model, spread: AutoMultivariateNormal(model, init_scale=spread),
+    "iaf": lambda model, spread: AutoIAFNormal(model, num_transforms=2),
+    "flow": lambda model, spread: AutoFlow(model, spread=max(1.0, spread)),
+    "implicit": lambda model, spread: AutoImplicit(model, init_scale=spread),
 }
-"""Guides by name: each call makes one for a model."""
+"""Guides by name: ``(model, spread)`` to a guide whose draws have that scale on the reals before
+training. That of an inverse autoregressive flow is 1, that of a spline flow at least 1."""

@@ -57,6 +57,8 @@ class Posterior:
     """From draws of the reference model to those of ``model``."""
     full_mass: bool = True
     """Whether NUTS adapts a full mass matrix."""
+    spread: float = 0.3
+    """Scale of the guides' draws on the reals before training."""
     modes: Callable[[Tensor], Tensor] | None = None
     """Draws ``[n, dim]`` to the index of the mode, 0 or 1, of a posterior with two."""
     shown: tuple[str, ...] = ()
@@ -223,6 +225,7 @@ POSTERIORS: dict[str, Callable[[], Posterior]] = {
         two_moons,
         (torch.tensor(2.0), torch.tensor(2.0)),
         reference="grid",
+        spread=2.0,
         modes=lambda z: (z[:, 0] > 0).long(),
         shown=("z[0]", "z[1]"),
     ),
@@ -231,6 +234,7 @@ POSTERIORS: dict[str, Callable[[], Posterior]] = {
         bimodal,
         (_bimodal_data(),),
         reference="grid",
+        spread=2.0,
         modes=lambda z: (z[:, 0] > z[:, 1]).long(),
         shown=("mean[0]", "mean[1]"),
     ),

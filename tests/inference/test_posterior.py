@@ -1,0 +1,161 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from inference import posterior_table
+from inference.posterior_table import COLUMNS, FLOOR
+from inference.reference import Reference, flatten, reference
+from models.posterior_guides import GUIDES
+from models.posteriors import POSTERIORS
+from tests.inference.conftest import Program
+
+#: Options that make a run tiny.
+TINY = ("--steps", 3, "--draws", 200, "--reference-draws", 60, "--reference-warm-up", 30)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_help(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        program("posterior", "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "python -m inference.posterior" in shown
+    assert all(name in shown for name in (*POSTERIORS, *GUIDES))
+
+
+def test_a_tiny_run_and_going_on_with_it(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec("zuko") is None:
+        pytest.skip("zuko is not installed")  # importing it here would turn validation off
+    out = tmp_path / "out"
+    program("posterior", *TINY, "--posteriors", "two-moons", "--seeds", 0, "--out", out)
+    found = rows(out / "results.csv")
+    assert tuple(found[0]) == COLUMNS
+    assert [row["guide"] for row in found] == [FLOOR, *GUIDES]
+    for row in found[1:]:
+        assert row["steps"] == "3"
+        assert math.isfinite(float(row["sliced_wasserstein"]))
+        assert 0 <= float(row["ks"]) <= float(row["ks_worst"]) <= 1
+        assert row["modes"] in ("1", "2")
+        draws = np.load(out / "draws" / f"two-moons-{row['guide']}-0.npz")["draws"]
+        assert draws.shape == (200, 2)
+    assert (out / "figures" / "two-moons.png").stat().st_size > 10_000
+    shown = capsys.readouterr().out
+    assert "reference of two-moons: grid, 4 x 60 draws" in shown
+    assert (out / "table.md").read_text() in shown
+    moments = rows(out / "moments.csv")
+    assert [row["coordinate"] for row in moments] == ["z[0]", "z[1]"] * len(GUIDES)
+
+    one = ("--guides", "normal", "--no-figures", "--out", out)
+    program("posterior", *TINY, "--posteriors", "two-moons", "banana", "--seeds", 0, *one)
+    again = rows(out / "results.csv")
+    assert again[: len(found)] == found
+    assert [(row["posterior"], row["guide"]) for row in again[len(found) :]] == [
+        ("banana", FLOOR),
+        ("banana", "normal"),
+    ]
+    assert "1 of 2 runs are there already" in capsys.readouterr().out
+
+
+def test_errors_end_in_one_line(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    table: list[tuple[tuple[object, ...], str]] = [
+        (("--posteriors", "banana", "no-such"), "--posteriors: expected some of schools-centred"),
+        (("--guides", "no-such"), "--guides: expected some of normal"),
+        (("--seconds", 0), "--seconds: expected a positive time, found 0"),
+        (("--particles", 1), "--particles: expected at least 2, found 1"),
+        (("--beta-start", 0), "--beta-start: expected a value in (0, 1], found 0.0"),
+        (("--draws", 10), "--draws: expected at least 100, found 10"),
+        (("--out", tmp_path / "file" / "run"), "expected a writable folder"),
+    ]
+    for arguments, message in table:
+        out = () if "--out" in arguments else ("--out", tmp_path / "run")
+        with pytest.raises(SystemExit) as stopped:
+            program("posterior", *arguments, *out)
+        shown = capsys.readouterr()
+        assert stopped.value.code == 2, arguments
+        assert message in shown.err, arguments
+        assert "Traceback" not in shown.err, arguments
+
+
+def test_references_are_made_once(tmp_path: Path) -> None:
+    posterior = POSTERIORS["banana"]()
+    first = reference(posterior, tmp_path, num_draws=100)
+    again = reference(posterior, tmp_path, num_draws=100)
+    assert torch.equal(first.draws, again.draws)
+    assert first.draws.shape == (4, 100, 2)
+    assert reference(posterior, tmp_path, num_draws=50).draws.shape == (4, 50, 2)
+    (tmp_path / "banana.npz").write_bytes(b"damaged")
+    assert torch.equal(reference(posterior, tmp_path, num_draws=100).draws, first.draws)
+
+
+def test_exact_draws_have_the_moments_of_the_density(tmp_path: Path) -> None:
+    # banana: E z2 = 1.5^2 / 2 - 1, Var z2 = 0.25 * 2 * 1.5^4 + 0.16.
+    draws = reference(POSTERIORS["banana"](), tmp_path, num_draws=4000).draws.flatten(0, 1)
+    std = torch.tensor([1.5, math.sqrt(0.5 * 1.5**4 + 0.16)], dtype=torch.double)
+    error = (draws.mean(0) - torch.tensor([0.0, 0.125])) / std * math.sqrt(16_000)
+    assert float(error.abs().max()) < 4.6
+    # two-moons: two modes of equal mass at a distance of 2 along the first axis.
+    z = reference(POSTERIORS["two-moons"](), tmp_path, num_draws=1000).draws.flatten(0, 1)
+    assert float((z[:, 0] > 0).double().mean()) == pytest.approx(0.5, abs=4.4 * 0.5 / 4000**0.5)
+    assert float(z.norm(dim=1).mean()) == pytest.approx(2.0, abs=0.1)
+
+
+@pytest.mark.slow
+def test_nuts_on_eight_schools(tmp_path: Path) -> None:
+    found = reference(POSTERIORS["schools-centred"](), tmp_path, num_draws=1000)
+    assert found.r_hat < 1.01
+    mean, std = (f(found.draws.flatten(0, 1)) for f in (lambda z: z.mean(0), lambda z: z.std(0)))
+    at = [found.labels.index(name) for name in ("mu", "tau")]
+    # By quadrature: mu 4.40, 3.32; tau 3.60, 3.22. Standard errors at 2000 effective draws: 0.07.
+    assert mean[at].tolist() == pytest.approx([4.40, 3.60], abs=0.35)
+    assert std[at].tolist() == pytest.approx([3.32, 3.22], abs=0.45)
+
+
+def test_a_short_run_of_nuts(tmp_path: Path) -> None:
+    found = reference(POSTERIORS["schools-noncentred"](), tmp_path, num_draws=15, warm_up=10)
+    assert found.source == "nuts"
+    assert found.draws.shape[0::2] == (4, 10)
+    assert found.labels[:2] == ("eta[0]", "eta[1]")
+    assert "nuts, 4 x" in str(found)
+
+
+def test_flatten() -> None:
+    draws, labels = flatten({"b": torch.ones(3, 2), "a": torch.zeros(3)})
+    assert labels == ("a", "b[0]", "b[1]")
+    assert draws.tolist() == [[0.0, 1.0, 1.0]] * 3
+
+
+def test_table_names_the_nearest() -> None:
+    row = dict.fromkeys(COLUMNS[3:], 0.5)
+    found = {
+        ("banana", FLOOR, 0): {**row, "sliced_wasserstein": 0.05},
+        ("banana", "normal", 0): {**row, "sliced_wasserstein": 0.8, "modes": math.nan},
+        ("banana", "normal", 1): {**row, "sliced_wasserstein": 0.6},
+        ("banana", "implicit", 0): {**row, "sliced_wasserstein": 0.3},
+    }
+    text = posterior_table.table(found, {}, 30.0, "wall")
+    assert "| banana | 0.700 ± 0.141 | **0.300** | 0.050 |" in text
+    assert "seeds 0, 1" in text
+
+
+def test_reference_prints_what_it_is_worth() -> None:
+    text = str(Reference(torch.zeros(4, 10, 1), ("a",), "nuts", 1.0042, 321.4))
+    assert text == "nuts, 4 x 10 draws, r-hat 1.0042, effective sample size 321"
