@@ -13,27 +13,22 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
-from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
-from pyro.nn.module import PyroModule, PyroParam
+from pyro.nn.module import PyroModule
+from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor, nn
-from torch.distributions import biject_to, register_kl
+from torch.distributions import biject_to
 
-from pyro_ardae.implicit import Implicit
-from pyro_ardae.layout import Group, check_structure, find_groups, unconstrain
-from pyro_ardae.sampler import ResidualSampler
+from pyro_ardae.layout import Group, check_structure, find_groups, point_mass, unconstrain
+from pyro_ardae.posterior import RowPosterior
 
 __all__ = ["AutoImplicit"]
 
 Encoder = Callable[..., Tensor]
 
-#: Width of what a row's embedding holds besides its location and scale.
-_EMBEDDING_DIM = 4
-
 #: Elements of draws that one pass of the network makes at most, and a table of quantiles holds.
-_CHUNK, _TABLE = 2**22, 2**26
+_CHUNK, _TABLE = 2**22, 2**25
 
 
 class AutoImplicit(AutoGuide):
@@ -74,6 +69,8 @@ class AutoImplicit(AutoGuide):
     :param encoder: ``encoder(*args, **kwargs) -> [*rows, C]``, called with what the model is called
         with, for the rows of the local plate (all of them, or those of the subsample); or a mapping
         from names of plates to encoders. It replaces the vectors per index.
+    :param embedding_dim: width, >= 1, of what tells the rows of a local plate apart besides their
+        locations and scales.
     :param local_plates: names of further plates whose latents form a site of their own although the
         plate is not subsampled.
     :param create_plates: as in ``AutoNormal``: ``create_plates(*args, **kwargs)`` returns the plate
@@ -101,6 +98,7 @@ class AutoImplicit(AutoGuide):
         gain: float = 0.1,
         input_scale: float = 1.0,
         encoder: Encoder | Mapping[str, Encoder] | None = None,
+        embedding_dim: int = 4,
         local_plates: Sequence[str] = (),
         create_plates: Callable[..., Any] | None = None,
         num_quantile_draws: int = 8192,
@@ -111,6 +109,8 @@ class AutoImplicit(AutoGuide):
             raise ValueError(f"init_scale: expected a number > 0, got {init_scale}.")
         if noise_dim is not None and noise_dim < 0:
             raise ValueError(f"noise_dim: expected an integer >= 0, got {noise_dim}.")
+        if embedding_dim < 1:
+            raise ValueError(f"embedding_dim: expected an integer >= 1, got {embedding_dim}.")
         if num_quantile_draws < 2:
             raise ValueError(f"num_quantile_draws: expected >= 2, got {num_quantile_draws}.")
         if isinstance(local_plates, str):
@@ -122,6 +122,7 @@ class AutoImplicit(AutoGuide):
         self.noise_dim = 8 if noise_dim is None else noise_dim
         self.hidden_dims = tuple(hidden_dims)
         self.gain, self.input_scale = gain, input_scale
+        self.embedding_dim = embedding_dim
         self.local_plates = tuple(local_plates)
         self.num_quantile_draws = num_quantile_draws
         self._encoder_names: dict[str | None, str] = {}
@@ -175,63 +176,53 @@ class AutoImplicit(AutoGuide):
         self._groups = find_groups(
             self.prototype_trace, set(self.local_plates), set(self._encoder_names), created
         )
-        start = {
-            name: unconstrain(site) for name, site in self.prototype_trace.iter_stochastic_nodes()
-        }
+        start = {name: unconstrain(site) for name, site in self._latents()}
         self._own_nesting = max(
-            (
-                -f.dim
-                for _, s in self.prototype_trace.iter_stochastic_nodes()
-                for f in s["cond_indep_stack"]
-            ),
+            (-frame.dim for _, site in self._latents() for frame in site["cond_indep_stack"]),
             default=0,
         )
-        self.latent_dim, condition_dim = 0, 0
-        self.local = PyroModule()
+        self.posterior = PyroModule()
+        self.latent_dim = 0
         for group in self._groups:
-            if not group.plates:
-                loc = group.pack(start)
-                self.latent_dim = condition_dim = group.dim
-                self.loc = nn.Parameter(loc)
-                self.log_scale = nn.Parameter(torch.full_like(loc, self.init_scale).log())
-                self.sampler = self._sampler(group.dim, 0).to(loc)
-                continue
-            encoder = self._encoder_of(group)
-            hidden = set(group.plates) & explicit - set(created)
-            if encoder is None and hidden:
-                raise ValueError(
-                    f"AutoImplicit: the model's plate {sorted(hidden)[0]!r} is given its subsample "
-                    "by the caller, so the guide does not know which rows it is about. Pass "
-                    "create_plates=…, which returns that plate with the same subsample, or an "
-                    "encoder=… that tells rows apart by their data."
-                )
-            setattr(self.local, group.name, PyroModule())
-            module = getattr(self.local, group.name)
-            loc = group.pack(start)
-            log_scale = torch.full_like(loc, self.init_scale).log()
-            if encoder is None:
-                extra = 0.1 * torch.randn(*loc.shape[:-1], _EMBEDDING_DIM).to(loc)
-                module.embedding = PyroParam(
-                    torch.cat([loc, log_scale, extra], -1), constraints.real, event_dim=1
-                )
-                width = _EMBEDDING_DIM
-            else:
+            feature_dim = None
+            hidden = sorted(set(group.plates) & explicit - set(created))
+            if self._encoder_of(group) is not None:
                 with torch.no_grad(), poutine.block():
                     features = self._features(group, args, kwargs)
-                width = features.shape[-1]
+                feature_dim = features.shape[-1]
                 if features.shape[:-1] != group.rows and hidden:
                     raise ValueError(
-                        f"encoder: the model's plate {sorted(hidden)[0]!r} is given its subsample "
-                        f"by the caller; expected features of those rows, {group.rows}, got "
+                        f"encoder: the model's plate '{hidden[0]}' is given its subsample by the "
+                        f"caller; expected features of those rows, {group.rows}, got "
                         f"{tuple(features.shape[:-1])}. Encode the subsample, or pass "
                         "create_plates=…."
                     )
-                rows = loc.flatten(0, -2)
-                module.head = nn.Linear(width, 2 * group.dim).to(loc)
-                with torch.no_grad():
-                    module.head.weight.zero_()
-                    module.head.bias.copy_(torch.cat([rows.mean(0), log_scale.flatten(0, -2)[0]]))
-            module.sampler = self._sampler(group.dim, width + condition_dim).to(loc)
+            elif hidden:
+                raise ValueError(
+                    f"AutoImplicit: the model's plate '{hidden[0]}' is given its subsample by the "
+                    "caller, so the guide does not know which rows it is about. Pass "
+                    "create_plates=…, which returns that plate with the same subsample, or an "
+                    "encoder=… that tells rows apart by their data."
+                )
+            part = RowPosterior(
+                group.pack(start),
+                self.init_scale,
+                condition_dim=self.latent_dim if group.plates else 0,
+                embedding_dim=self.embedding_dim if group.plates else 0,
+                feature_dim=feature_dim,
+                extra_noise=self.noise_dim,
+                hidden_dims=self.hidden_dims,
+                gain=self.gain,
+                input_scale=self.input_scale,
+            )
+            setattr(self.posterior, group.name, part)
+            part.load_from_store()
+            if not group.plates:
+                self.latent_dim = group.dim
+
+    def _latents(self) -> Iterator[tuple[str, Any]]:
+        sites: Iterator[tuple[str, Any]] = self.prototype_trace.iter_stochastic_nodes()
+        return sites
 
     def _created_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The plates that the user's ``create_plates`` returns."""
@@ -242,16 +233,6 @@ class AutoImplicit(AutoGuide):
             plates = guide.create_plates(*args, **kwargs)
         plates = [plates] if isinstance(plates, pyro.plate) else plates
         return {plate.name: plate for plate in plates}
-
-    def _sampler(self, dim: int, condition_dim: int) -> ResidualSampler:
-        return ResidualSampler(
-            dim,
-            condition_dim,
-            noise_dim=dim + self.noise_dim,
-            hidden_dims=self.hidden_dims,
-            gain=self.gain,
-            input_scale=self.input_scale,
-        )
 
     # ---- the guide ---------------------------------------------------------------------------
 
@@ -268,97 +249,68 @@ class AutoImplicit(AutoGuide):
             if self._encoder_of(group) is not None
         }
         plates = self._plates(features, *args, **kwargs)
-        latents: dict[str, Tensor] = {}
-        deviation: Tensor | None = None
+        values: dict[str, Tensor] = {}
+        log_dets: dict[str, Tensor] = {}
+        u: Tensor | None = None
         for group in self._groups:
-            if not group.plates:
-                latent = self.sample_latent(*args, **kwargs)
-                deviation = (latent - self.loc) / self.log_scale.exp()
-            else:
-                with ExitStack() as stack:
-                    for name in group.plates:
-                        stack.enter_context(plates[name])
-                    rows = self._rows(group, features.get(group.name))
-                    latent = pyro.sample(
-                        f"_{self._pyro_name}_{group.name}_latent",
-                        self._local_posterior(group, rows, deviation),
-                        infer={"is_auxiliary": True},
-                    )
-            latents.update(group.unpack(latent))
+            with ExitStack() as stack:
+                for name in group.plates:
+                    stack.enter_context(plates[name])
+                y, z, log_det = self._sample(group, features.get(group.name), u)
+            u = u if group.plates else y
+            values.update(group.unpack(z))
+            log_dets.update(group.unpack(log_det))
         if self._nesting > self._own_nesting:
             # Predictive(parallel=True) takes the number of batch dimensions from guide plates.
-            with pyro.plate(f"_{self._pyro_name}_nesting", 1, dim=-self._nesting):
-                one = torch.zeros((), device=next(iter(latents.values())).device)
-                pyro.sample(f"_{self._pyro_name}_zero", dist.Delta(one), infer=_AUXILIARY)
+            with IndepMessenger(f"_{self._pyro_name}_nesting", 1, dim=-self._nesting):
+                zero = dist.Delta(y.new_zeros(()))
+                pyro.sample(f"_{self._pyro_name}_zero", zero, infer={"is_auxiliary": True})
         result = {}
-        for name, site in self.prototype_trace.iter_stochastic_nodes():
+        for name, site in self._latents():
             with ExitStack() as stack:
                 for frame in site["cond_indep_stack"]:
                     stack.enter_context(plates[frame.name])
-                result[name] = pyro.sample(name, _delta(site, latents[name]))
+                delta = point_mass(site["fn"], values[name], log_dets[name])
+                result[name] = pyro.sample(name, delta)
         return result
 
-    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Sample the globals ``[*particles, latent_dim]`` on the reals, as one Pyro site."""
-        return pyro.sample(
-            f"_{self._pyro_name}_latent",
-            self.get_posterior(*args, **kwargs),
+    def _sample(
+        self, group: Group, features: Tensor | None, u: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A group's implicit site y, its latents on the reals, and the log of the Jacobian."""
+        part = getattr(self.posterior, group.name)
+        if features is not None and features.shape[:-1] == group.full_rows:
+            features = pyro.subsample(features, event_dim=1)
+        rows = part.describe(features)
+        name = f"_{group.name}" if group.plates else ""
+        y = pyro.sample(
+            f"_{self._pyro_name}{name}_latent",
+            part.implicit(rows, u),
             infer={"is_auxiliary": True},
         )
+        return y, *part.transport(y, rows, u)
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> Implicit:
-        """The distribution of the globals on the reals: event shape ``[latent_dim]``.
+    def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Sample the globals ``[*particles, latent_dim]`` on the reals.
 
-        :raises ValueError: if the model has no globals.
+        :raises ValueError: if the model has none.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         if not self.latent_dim:
             raise ValueError("AutoImplicit: the model has no latents outside of local plates.")
-        noise = _standard_normal(self.loc, self.sampler.noise_dim)
-        return Implicit(
-            self.sampler.bind(self.loc, self.log_scale), noise, event_shape=(self.latent_dim,)
-        )
+        return self._sample(self._groups[0], None, None)[1]
 
-    def _local_posterior(self, group: Group, rows: Tensor, deviation: Tensor | None) -> Implicit:
-        context, sampler = self._bind(group, rows, deviation)
-        noise = _standard_normal(rows, group.dim + self.noise_dim)
-        return Implicit(sampler, noise, context, (group.dim,))
-
-    def _bind(
-        self, group: Group, rows: Tensor, deviation: Tensor | None
-    ) -> tuple[Tensor, Callable[..., Tensor]]:
-        """Context and sampler of a local site; ``deviation``: the globals in their own units."""
-        module = getattr(self.local, group.name)
-        context = condition = rows
-        if self._encoder_of(group) is None:
-            loc, log_scale, condition = rows.split([group.dim, group.dim, _EMBEDDING_DIM], -1)
-        else:
-            loc, log_scale = module.head(rows).chunk(2, -1)
-        if deviation is not None:
-            shape = torch.broadcast_shapes(rows.shape[:-1], deviation.shape[:-1])
-            deviation = deviation.expand(*shape, -1)
-            context = torch.cat([rows.expand(*shape, -1), deviation], -1)
-            condition = context[..., rows.shape[-1] - condition.shape[-1] :]
-        return context, module.sampler.bind(loc, log_scale, condition)
-
-    def _rows(self, group: Group, features: Tensor | None) -> Tensor:
-        """What tells rows apart, ``[*rows, C]``; inside of plates, of the subsample."""
-        if features is None:
-            embedding: Tensor = getattr(self.local, group.name).embedding
-            return embedding
-        if features.shape[:-1] == group.full_rows:
-            features = pyro.subsample(features, event_dim=1)
-        return features
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Pairs of site and value on the reals, of globals ``[*batch, latent_dim]``."""
+        if self.latent_dim:
+            for name, value in self._groups[0].unpack(latent).items():
+                yield self.prototype_trace.nodes[name], value
 
     def _encoder_of(self, group: Group) -> Encoder | None:
-        if not group.plates or not self._encoder_names:
-            return None
-        if None in self._encoder_names:
-            function: Encoder = self.encoder
-            return function
-        names = [self._encoder_names[p] for p in group.plates if p in self._encoder_names]
-        return getattr(self, names[-1]) if names else None
+        names = self._encoder_names
+        known = [names[key] for key in (None, *group.plates) if key in names]
+        return getattr(self, known[-1]) if group.plates and known else None
 
     def _features(self, group: Group, args: Any, kwargs: Any) -> Tensor:
         """What the encoder makes of the arguments, ``[*rows, C]``."""
@@ -366,9 +318,9 @@ class AutoImplicit(AutoGuide):
         assert encoder is not None
         features = encoder(*args, **kwargs)
         if not isinstance(features, Tensor):
-            raise TypeError(f"encoder: expected it to return a tensor, got {type(features)}.")
-        rows = len(group.local_dims)
-        if features.dim() != rows + 1 or 0 in features.shape:
+            got = type(features).__name__
+            raise TypeError(f"encoder: expected it to return a tensor, got {got}.")
+        if features.dim() != len(group.plates) + 1 or 0 in features.shape:
             raise ValueError(
                 f"encoder: expected features [{', '.join(group.plates)}, C] with at least one row, "
                 f"got shape {tuple(features.shape)}."
@@ -380,18 +332,22 @@ class AutoImplicit(AutoGuide):
 
     def _plates(self, features: dict[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Plates by name; those of encoded rows as large as the features of this call."""
-        plates: dict[str, Any] = self._create_plates(*args, **kwargs)
         guide = self if self.master is None else self.master()
-        if guide.create_plates is not None:
-            return plates
         for group in self._groups:
-            if group.name not in features:
+            if group.name not in features or guide.create_plates is not None:
                 continue
             for name, dim in zip(group.plates, group.local_dims, strict=True):
-                size, plate = features[group.name].shape[dim - 1], plates[name]
-                if size not in (plate.subsample_size, plate.size):
-                    full = plate.size if plate.size != plate.subsample_size else size
-                    plates[name] = pyro.plate(name, full, subsample_size=size, dim=plate.dim)
+                size, frame = features[group.name].shape[dim - 1], self._prototype_frames[name]
+                if size in (frame.size, frame.full_size):
+                    continue
+                if self.master is not None:
+                    raise ValueError(
+                        f"encoder: expected {frame.size} rows of plate '{name}', as at the first "
+                        f"call, got {size}. Pass create_plates=… to the AutoGuideList."
+                    )
+                full = frame.full_size if frame.full_size != frame.size else size
+                self._prototype_frames[name] = frame._replace(size=size, full_size=full)
+        plates: dict[str, Any] = self._create_plates(*args, **kwargs)
         return plates
 
     # ---- draws and quantiles -----------------------------------------------------------------
@@ -406,63 +362,45 @@ class AutoImplicit(AutoGuide):
         :param num_samples: number S of draws, >= 1.
         :param args: what the model is called with, also ``kwargs``.
         :returns: constrained values ``[S, *shape]`` by site name.
+        :raises ValueError: for less than one draw.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}.")
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
 
         def noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
             return torch.randn(shape, dtype=like.dtype, device=like.device)
 
         draws = self._draw(num_samples, noise, args, kwargs)
-        return {
-            name: biject_to(site["fn"].support)(draws[name])
-            for name, site in self.prototype_trace.iter_stochastic_nodes()
-        }
+        return {name: biject_to(site["fn"].support)(draws[name]) for name, site in self._latents()}
 
     def _draw(
         self, num: int, noise: Callable[..., Tensor], args: Any, kwargs: Any
     ) -> dict[str, Tensor]:
         """Latents on the reals ``[num, *shape]`` by site name."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        depth = max(self._nesting, self._own_nesting)
         result: dict[str, Tensor] = {}
-        deviation: Tensor | None = None
+        u: Tensor | None = None
         for group in self._groups:
-            if not group.plates:
-                sampler = self.sampler.bind(self.loc, self.log_scale)
-                latent = _in_chunks(sampler, noise((num, self.sampler.noise_dim), self.loc))
-                deviation = (latent - self.loc) / self.log_scale.exp()
-                deviation = deviation.reshape(num, *[1] * self._depth, -1)
-                latent = latent.reshape(num, *[1] * self._depth, -1)
-            else:
-                encoded = self._encoder_of(group) is not None
-                features = self._features(group, args, kwargs) if encoded else None
-                rows = self._rows(group, features)
-                pad = [1] * (self._depth - group.nesting)
-                rows = rows.reshape(1, *pad, *rows.shape)
-                shape = (num, *rows.shape[1:-1], group.dim + self.noise_dim)
-                eps = noise(shape, rows)
-                latent = torch.cat(
-                    [
-                        self._bind(group, rows, None if deviation is None else deviation[part])[1](
-                            eps[part]
-                        )
-                        for part in _parts(eps)
-                    ]
-                )
-            for slot in group.slots:
-                value = group.unpack(latent)[slot.name]
-                extra = value.dim() - slot.rank - len(slot.event_shape)
-                result[slot.name] = value.flatten(0, extra - 1)
+            part = getattr(self.posterior, group.name)
+            encoded = self._encoder_of(group) is not None
+            rows = part.describe(self._features(group, args, kwargs) if encoded else None)
+            rows = rows.reshape(1, *[1] * (depth - group.nesting), *rows.shape)
+            eps = noise((num, *rows.shape[1:-1], part.noise_dim), rows)
+            size = max(1, _CHUNK // max(1, eps[0].numel()))
+            ys, zs = [], []
+            for at in range(0, num, size):
+                given = None if u is None else u[at : at + size]
+                y = part.implicit(rows, given).sampler(eps[at : at + size])
+                ys.append(y)
+                zs.append(part.transport(y, rows, given)[0])
+            u = u if group.plates else torch.cat(ys)
+            result.update(group.unpack(torch.cat(zs), particles=num))
         return result
 
-    @property
-    def _depth(self) -> int:
-        return max(self._nesting, *(group.nesting for group in self._groups))
-
-    @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior medians, as :meth:`quantiles` of 0.5.
+        """Posterior medians: :meth:`quantiles` of 0.5.
 
         :returns: constrained values by site name.
         """
@@ -484,9 +422,8 @@ class AutoImplicit(AutoGuide):
         :param quantiles: numbers in [0, 1].
         :param args: what the model is called with, also ``kwargs``.
         :returns: constrained values ``[len(quantiles), *shape]`` by site name.
+        :raises ValueError: for numbers outside of [0, 1].
         """
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
         levels = torch.as_tensor(quantiles, dtype=torch.float64).flatten()
         if not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"quantiles: expected numbers in [0, 1], got {levels.tolist()}.")
@@ -496,12 +433,14 @@ class AutoImplicit(AutoGuide):
             half = torch.randn(shape[0] // 2, *shape[1:], generator=generator, dtype=like.dtype)
             return torch.cat([half, -half]).to(like.device)
 
-        total = sum(group.dim * max(1, _product(group.full_rows)) for group in self._groups)
-        count = min(self.num_quantile_draws, max(512, _TABLE // total)) // 2 * 2
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        total = sum(group.dim * torch.Size(group.full_rows).numel() for group in self._groups)
+        count = min(self.num_quantile_draws, max(256, _TABLE // total)) // 2 * 2
         draws = self._draw(count, noise, args, kwargs)
         return {
             name: biject_to(site["fn"].support)(_quantiles(draws[name], levels))
-            for name, site in self.prototype_trace.iter_stochastic_nodes()
+            for name, site in self._latents()
         }
 
     # ---- what cannot be right ----------------------------------------------------------------
@@ -520,55 +459,11 @@ class AutoImplicit(AutoGuide):
         """
         raise NotImplementedError(_NO_TRANSFORM)
 
-    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Pairs of site and value on the reals, of globals ``[*batch, latent_dim]``."""
-        for group in self._groups:
-            if not group.plates:
-                for name, value in group.unpack(latent).items():
-                    yield self.prototype_trace.nodes[name], value
 
-
-_AUXILIARY = {"is_auxiliary": True}
 _NO_TRANSFORM = (
     "AutoImplicit is not the image of a simple distribution under a bijection: its sampler is not "
     "invertible, and NeuTraReparam cannot be used. Take a normalizing flow, such as AutoIAFNormal."
 )
-
-
-def _standard_normal(like: Tensor, dim: int) -> Any:
-    zero = torch.zeros(dim, dtype=like.dtype, device=like.device)
-    return dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
-
-
-def _delta(site: dict[str, Any], unconstrained: Tensor) -> Any:
-    """The site's value as a point mass whose log density is the Jacobian of the transform."""
-    transform = biject_to(site["fn"].support)
-    value = transform(unconstrained)
-    event_dim = site["fn"].event_dim
-    log_density: Any = 0.0
-    if poutine.get_mask() is not False:
-        log_density = transform.inv.log_abs_det_jacobian(value, unconstrained)
-        log_density = sum_rightmost(log_density, log_density.dim() - value.dim() + event_dim)
-    return _PointMass(value, log_density=log_density, event_dim=event_dim)
-
-
-class _PointMass(dist.Delta):
-    """A Delta whose divergence from a prior keeps the log density, which Pyro's drops."""
-
-
-@register_kl(_PointMass, dist.Distribution)
-def _kl_point_mass(p: Any, q: Any) -> Tensor:
-    result: Tensor = p.log_density - q.log_prob(p.v)
-    return result
-
-
-def _parts(noise: Tensor) -> list[slice]:
-    size = max(1, _CHUNK // max(1, noise[0].numel()))
-    return [slice(start, start + size) for start in range(0, len(noise), size)]
-
-
-def _in_chunks(sampler: Callable[..., Tensor], noise: Tensor) -> Tensor:
-    return torch.cat([sampler(noise[part]) for part in _parts(noise)])
 
 
 def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
@@ -579,7 +474,3 @@ def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
     weight = (at.to(draws.device) - below).to(draws.dtype)
     weight = weight.reshape(-1, *[1] * (draws.dim() - 1))
     return ordered[below].lerp(ordered[below + 1], weight)
-
-
-def _product(sizes: Sequence[int]) -> int:
-    return torch.Size(sizes).numel()

@@ -10,15 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from pyro.ops.tensor_utils import periodic_repeat
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, register_kl
 
-__all__ = ["Group", "check_structure", "find_groups", "unconstrain"]
+__all__ = ["Group", "check_structure", "find_groups", "point_mass", "unconstrain"]
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Group:
     @property
     def name(self) -> str:
         """An attribute's name."""
-        return re.sub(r"\W", "_", "__".join(self.plates))
+        return re.sub(r"\W", "_", "__".join(self.plates)) or "globals"
 
     @property
     def dim(self) -> int:
@@ -101,8 +103,11 @@ class Group:
             parts.append(value.reshape((*self.full_rows, slot.size)))
         return torch.cat(parts, -1).detach().clone()
 
-    def unpack(self, latent: Tensor) -> dict[str, Tensor]:
-        """``[*particles, *rows, dim]`` to values ``[*particles, *batch, *event]`` by site."""
+    def unpack(self, latent: Tensor, particles: int | None = None) -> dict[str, Tensor]:
+        """``[*particles, *rows, dim]`` to values ``[*particles, *batch, *event]`` by site.
+
+        :param particles: their number, to flatten their dimensions into one.
+        """
         result = {}
         sizes = [slot.size for slot in self.slots]
         for slot, part in zip(self.slots, latent.split(sizes, -1), strict=True):
@@ -117,6 +122,7 @@ class Group:
                 order += [p + k, p + rank + k]
             order += range(p + 2 * rank, p + 2 * rank + event)
             shape = [size * other for size, other in zip(rows, slot.others, strict=True)]
+            lead = lead if particles is None else torch.Size([particles])
             result[slot.name] = part.permute(order).reshape((*lead, *shape, *slot.event_shape))
         return result
 
@@ -145,6 +151,32 @@ def unconstrain(site: Mapping[str, Any]) -> Tensor:
             "one that is not finite on the reals. Check it, and the data for NaN."
         )
     return value
+
+
+def point_mass(prior: Any, unconstrained: Tensor, log_det: Tensor) -> dist.Delta:
+    """A latent's value with the Jacobians of its two maps, noise to reals to support, as density.
+
+    :param log_det: logs of the first one's diagonal, in the shape of ``unconstrained``.
+    """
+    transform = biject_to(prior.support)
+    value = transform(unconstrained)
+    batch_dim = value.dim() - prior.event_dim
+    log_density: Any = 0.0
+    if poutine.get_mask() is not False:
+        log_density = transform.inv.log_abs_det_jacobian(value, unconstrained)
+        log_density = sum_rightmost(log_density, log_density.dim() - batch_dim)
+        log_density = log_density - sum_rightmost(log_det, log_det.dim() - batch_dim)
+    return _PointMass(value, log_density=log_density, event_dim=prior.event_dim)
+
+
+class _PointMass(dist.Delta):
+    """A Delta whose divergence from a prior keeps the log density, which Pyro's drops."""
+
+
+@register_kl(_PointMass, dist.Distribution)
+def _kl_point_mass(p: Any, q: Any) -> Tensor:
+    result: Tensor = p.log_density - q.log_prob(p.v)
+    return result
 
 
 def _latents(trace: Any) -> dict[str, Any]:
