@@ -110,8 +110,7 @@ def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) ->
         agent.actor_optimizer.param_groups[0]["lr"] = config.actor_learning_rate * decay
         if isinstance(policy, ImplicitPolicy):
             policy.estimator.learning_rate = score_rate * max(0.1, decay)
-        draws = policy.fit(states)
-        agent.update_actor(states, draws)
+        agent.update_actor(states, policy.fit(states))
 
 
 @torch.no_grad()
@@ -200,15 +199,14 @@ def _log_prob_error(agent: Agent, obs: Tensor, z: Tensor) -> dict[str, float]:
     low, high, size = -5.0, 5.0, 1000 if z.shape[1] == 1 else 400
     width = (high - low) / size
     density = _cells(z, low, high, size) / len(z) / width ** z.shape[1]
-    count, moment_draws = 2000, agent.policy.num_moment_draws
-    several = obs.expand(count, -1)
-    values, *others = agent.policy.actor.draw(several, 1 + moment_draws)
-    estimate = agent.policy.estimator.log_prob(values.unsqueeze(0), torch.stack(others), several)
+    several = obs.expand(2000, -1)
+    values = agent.policy.actor.draw(several)[0]
+    estimate = agent.policy.log_prob(several, values)
     index = ((values - low) / width).floor().long().clamp_(0, size - 1)
     flat = index[:, 0] if z.shape[1] == 1 else index[:, 0] * size + index[:, 1]
     exact = density[flat]
     seen = exact > 0
-    error = estimate[0][seen] - exact[seen].log()
+    error = estimate[seen] - exact[seen].log()
     return {"log_prob_error": float(error.abs().mean()), "log_prob_bias": float(error.mean())}
 
 

@@ -12,6 +12,8 @@ turns in one process, so that a slow moment of the machine meets both:
 It prints the median of each, their ratio, the rate of a matrix product in fp32 and bf16 measured
 between the steps, and the peak memory of each variant: the largest resident set of a process of
 its own that takes a few steps, in total and above what it was with all imported.
+
+``sac`` times soft actor-critic: see :mod:`inference.bench_sac`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import torch
 import tyro
 from pyro.infer import SVI
 
+from inference.bench_sac import Sac, bench_sac, report
 from inference.errors import UserError, user_errors
 from inference.optim import TorchOptim
 from inference.presets import PRESETS, build_loss, build_vae
@@ -171,9 +174,9 @@ def _peak() -> int:
 def main() -> None:
     """Runs a benchmark."""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"step": _step_main, "memory": _memory_main},
+        {"step": _step_main, "sac": _sac_main, "memory": _memory_main},
         prog="python -m inference.bench",
-        description="Benchmarks; `step` is the one to run.",
+        description="Benchmarks; `step` and `sac` are the ones to run.",
     )
     del options
 
@@ -203,6 +206,14 @@ def _step_main(options: Annotated[Step, tyro.conf.arg(name="")]) -> None:
                 raise UserError(
                     f"{options.json}: expected a writable file, found: {error}"
                 ) from None
+
+
+def _sac_main(options: Annotated[Sac, tyro.conf.arg(name="")]) -> None:
+    """Times one soft actor-critic update of each agent and of Stable-Baselines3's."""
+    with user_errors():
+        # A global of the process, which this program owns.
+        torch.set_num_threads(options.threads)
+        report(bench_sac(options), options.json)
 
 
 def _memory_main(options: Annotated[Memory, tyro.conf.arg(name="")]) -> None:

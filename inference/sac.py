@@ -197,8 +197,8 @@ def train(training: Training, folder: RunFolder) -> None:
                     f"{row['steps_per_second']:.0f} steps/s"
                 )
             if last or _passes(before, training.steps_done, config.checkpoint_every):
-                training.cut_episodes()
                 folder.save("latest", training.state())
+                training.cut_episodes()
 
 
 def _passes(before: int, after: int, every: int) -> bool:

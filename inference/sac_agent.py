@@ -93,15 +93,15 @@ class Agent:
             )
         return {"critic_loss": loss.detach(), "q": q.detach().mean(), "log_pi": mean}
 
-    def update_actor(self, obs: Tensor, draws: Tensor | None = None) -> dict[str, Tensor]:
+    def update_actor(self, obs: Tensor, draws: Tensor | None) -> dict[str, Tensor]:
         """One step of the actor.
 
         :param obs: ``[B, obs_dim]``.
         :param draws: what ``policy.fit(obs)`` returned.
         """
-        z, log_pi = self.policy.rsample(obs, draws)
+        z, log_pi, penalty = self.policy.rsample(obs, draws)
         q = self.critic(obs, z.tanh()).amin(0)
-        loss = (self.alpha * log_pi - q).mean() + self.penalty(obs, z)
+        loss = (self.alpha * log_pi - q).mean() + penalty + self.jacobian_clamp(obs)
         # The gradient by the critics' weights is neither needed nor computed.
         loss.backward(inputs=self.actor_parameters)
         self.actor_optimizer.step()
@@ -115,18 +115,13 @@ class Agent:
         self.alpha_optimizer.step()
         self.alpha_optimizer.zero_grad(set_to_none=True)
 
-    def penalty(self, obs: Tensor, z: Tensor) -> Tensor:
-        """What keeps an implicit actor in range: zero for the others."""
+    def jacobian_clamp(self, obs: Tensor) -> Tensor | float:
+        """The weighted penalty of Jacobian clamping; zero for a policy with a density."""
         config = self.config
-        if not isinstance(self.policy, ImplicitPolicy):
-            return z.new_zeros(())
-        # Beyond it the tanh is flat, and only the entropy would still move a draw.
-        penalty = (z.abs() - config.bound).clamp_min(0).square().sum(-1).mean()
-        if config.jacobian_clamp:
-            weight = min(1 + self.updates**config.jacobian_exponent / 1000, 1e5)
-            clamp = self.policy.jacobian_penalty(obs, config.jacobian_clamp)
-            penalty = penalty + weight * clamp
-        return penalty
+        if not config.jacobian_clamp or not isinstance(self.policy, ImplicitPolicy):
+            return 0.0
+        weight = min(1 + self.updates**config.jacobian_exponent / 1000, 1e5)
+        return weight * self.policy.jacobian_penalty(obs, config.jacobian_clamp)
 
     @property
     def alpha(self) -> float:

@@ -32,102 +32,132 @@ class ExplicitPolicy(nn.Module):
     def fit(self, obs: Tensor) -> None:
         """Nothing is to be estimated."""
 
-    def rsample(self, obs: Tensor, draws: None = None) -> tuple[Tensor, Tensor]:
-        """A draw z before the tanh ``[B, D]`` and log π of its action ``[B]``, differentiable."""
+    def rsample(self, obs: Tensor, draws: None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """A draw z before the tanh ``[B, D]``, log π of its action ``[B]``, and no excess."""
         z, log_prob = self.actor.rsample_and_log_prob(obs)
-        return z, log_prob - log_tanh_slope(z)
+        return z, log_prob - log_tanh_slope(z), z.new_zeros(())
 
     @torch.no_grad()
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """A draw z ``[B, D]`` and log π of its action ``[B]``."""
-        return self.rsample(obs)
+        return self.rsample(obs)[:2]
 
     @torch.no_grad()
     def diagnostics(self, obs: Tensor) -> dict[str, float]:
         """Nothing is estimated."""
         return {}
 
-    def jacobian_penalty(self, obs: Tensor, lowest: float) -> Tensor:
-        """Zero: a density keeps an actor from collapsing by itself."""
-        return obs.new_zeros(())
-
 
 class ImplicitPolicy(nn.Module):
-    r"""The policy of an implicit actor, with the score of its q estimated from draws.
+    r"""The policy of an implicit actor :math:`z = \mu(s) + \sigma(s) y`, with an estimated score.
 
-    With :math:`s(z) \approx \nabla_z \log q(z \mid s)`, the gradient of log π along a draw is
-    :math:`s(z) + 2 \tanh z`, the second term exactly that of the tanh.
+    With :math:`f(y) \approx \nabla_y \log q(y \mid s)` the gradient of
+
+    .. math:: \log \pi(a \mid s) = \log q(y \mid s) - \sum_i \log \sigma_i(s)
+        - \sum_i \log(1 - \tanh^2 z_i)
+
+    along a draw is that of :math:`f(y)^\top y` with f held fixed, and of the other two terms
+    exactly.
 
     :param ImplicitActor actor: the actor.
-    :param ScoreEstimator estimator: of the score of q given the state, with ``log_prob``.
-    :param int num_draws: draws per state by which the score is learned, >= 2.
-    :param int num_moment_draws: draws per state that accompany a query, >= 2. Those by which the
-        estimator whitens in training, ``num_draws - num_draws / num_folds``, meet the same law.
-    :raises ValueError: if there are too few draws.
+    :param ScoreEstimator estimator: of the score of y given the state, with ``log_prob``.
+    :param int num_draws: draws per state by which the score is learned, >= 1.
+    :param float bound: magnitude of z from which on :meth:`rsample` counts excess, > 0. Beyond 4
+        the tanh is flat, and only the entropy would still move a draw.
     """
 
+    #: The same for y. Its width and σ could grow and shrink together, and an estimate that lags
+    #: behind a growing y makes it grow: without a bound, y reached 1e11 in a thousand updates.
+    BOUND_Y = 3.0
+
+    #: Weight of the penalty on a mean and a variance of y other than 0 and 1. They are location's
+    #: and scale's to fit; the score of a y ten times narrower is ten times as steep.
+    GAUGE = 1.0
+
     def __init__(
-        self,
-        actor: ImplicitActor,
-        estimator: ScoreEstimator,
-        *,
-        num_draws: int,
-        num_moment_draws: int,
+        self, actor: ImplicitActor, estimator: ScoreEstimator, *, num_draws: int, bound: float = 4.0
     ) -> None:
         super().__init__()
-        if not 2 <= num_moment_draws <= num_draws:
-            raise ValueError(
-                f"ImplicitPolicy: expected 2 <= num_moment_draws <= num_draws, got "
-                f"{num_moment_draws} and {num_draws}."
-            )
-        self.actor, self.estimator = actor, estimator
-        self.num_draws, self.num_moment_draws = num_draws, num_moment_draws
+        if num_draws < 1:
+            raise ValueError(f"ImplicitPolicy: expected num_draws >= 1, got {num_draws}.")
+        self.actor, self.estimator, self.num_draws = actor, estimator, num_draws
+        self.bound = bound
         self.score_loss = torch.zeros(())
 
     @torch.no_grad()
     def fit(self, obs: Tensor) -> Tensor:
-        """Updates the score; returns draws ``[num_moment_draws, B, D]`` for :meth:`rsample`."""
-        draws = self.actor.draw(obs, self.num_draws)
-        self.score_loss = self.estimator.update(draws, obs)
-        return draws[: self.num_moment_draws]
+        """Updates the score by fresh draws y ``[num_draws, B, D]``, which it returns.
 
-    def rsample(self, obs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """A differentiable draw z ``[B, D]``, and ``[B]`` that is zero with the gradient of log π.
+        :param obs: ``[B, obs_dim]``.
+        """
+        draws = self._draw(obs, self.num_draws)[2]
+        self.score_loss = self.estimator.update(draws, obs)
+        return draws
+
+    def rsample(self, obs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A differentiable draw z ``[B, D]``, and ``[B]`` with the gradient of log π along it.
 
         :param obs: ``[B, obs_dim]``.
         :param draws: what :meth:`fit` returned for it.
+        :returns: z; log π, whose value lacks log q(y); the penalty.
         """
-        z = self.actor.draw(obs)[0]
-        value = z.detach()
-        slope = self.estimator(value.unsqueeze(0), draws, obs)[0] + 2 * value.tanh()
-        return z, (slope * (z - value)).sum(-1)
+        loc, log_scale, fresh = self._draw(obs, 1)
+        y = fresh[0]
+        score = self.estimator(fresh.detach(), draws, obs)[0]
+        z = loc + log_scale.exp() * y
+        log_pi = (score * (y - y.detach())).sum(-1) - log_scale.sum(-1) - log_tanh_slope(z)
+        penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y) + self._unit(y, draws)
+        return z, log_pi, penalty
+
+    def _unit(self, y: Tensor, draws: Tensor) -> Tensor:
+        """A term whose gradient is that of half of (m^2 + (v - 1)^2 / 2), m and v being mean and
+        variance of y in a state, up to a constant factor: other draws estimate the coefficients.
+        """
+        variance, mean = torch.var_mean(draws, 0)
+        off = (variance - 1).clamp(max=3.0)
+        return self.GAUGE * (0.5 * off * (y - mean).square() + mean * y).sum(-1).mean()
 
     @torch.no_grad()
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """A draw z ``[B, D]`` and an estimate of log π of its action ``[B]``."""
-        z, *draws = self.actor.draw(obs, 1 + self.num_moment_draws)
-        log_prob = self.estimator.log_prob(z.unsqueeze(0), torch.stack(draws), obs)[0]
-        return z, log_prob - log_tanh_slope(z)
+        loc, log_scale, draws = self._draw(obs, 1)
+        z = loc + log_scale.exp() * draws[0]
+        log_prob = self.estimator.log_prob(draws, draws, obs)[0]
+        return z, log_prob - log_scale.sum(-1) - log_tanh_slope(z)
+
+    @torch.no_grad()
+    def log_prob(self, obs: Tensor, z: Tensor) -> Tensor:
+        """An estimate of log q(z | s), ``[B]``, for ``z [B, D]``."""
+        loc, log_scale, _ = self.actor.encode(obs)
+        y = ((z - loc) / log_scale.exp()).unsqueeze(0)
+        return self.estimator.log_prob(y, y, obs)[0] - log_scale.sum(-1)
+
+    def _draw(self, obs: Tensor, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Location and log scale ``[B, D]``, and y ``[num_draws, B, D]``."""
+        loc, log_scale, seen = self.actor.encode(obs)
+        return loc, log_scale, self.actor.deviate(seen, self.actor.noise(obs, num_draws))
 
     @torch.no_grad()
     def diagnostics(self, obs: Tensor) -> dict[str, float]:
         r"""How far the estimates can be trusted.
 
         - ``score_loss``: of the last update.
-        - ``stein``: the mean of :math:`s(z)^\top (z - m) / D`, -1 for the exact score of any q, and
-          ``stein_se``, its standard error over the states.
+        - ``stein``: the mean of :math:`f(y)^\top (y - m) / D`, -1 for the exact score of any q, and
+          ``stein_se``, its standard error over the states; m is the mean of 16 other draws.
         - ``log_prob_se``: standard deviation of log π by the draws for its normalizing constant.
+        - ``width``: the standard deviation of y, around 1 if location and scale do their part.
         """
-        z = self.actor.draw(obs, 1 + 2 * self.num_moment_draws)
-        value, draws, others = z.split([1, self.num_moment_draws, self.num_moment_draws])
-        score = self.estimator(value, draws, obs)[0]
-        stein = (score * (value[0] - others.mean(0))).mean(-1)
-        first, second = (self.estimator.log_prob(value, draws, obs) for _ in range(2))
+        _, _, draws = self._draw(obs, 17)
+        y, others = draws.split([1, 16])
+        score = self.estimator(y, y, obs)[0]
+        stein = (score * (y[0] - others.mean(0))).mean(-1)
+        first, second = (self.estimator.log_prob(y, y, obs) for _ in range(2))
         return {
             "score_loss": float(self.score_loss),
             "stein": float(stein.mean()),
             "stein_se": float(stein.std() / len(stein) ** 0.5),
             "log_prob_se": float((first - second).square().mean().div(2).sqrt()),
+            "width": float(others.std(0).mean()),
         }
 
     def jacobian_penalty(
@@ -138,7 +168,7 @@ class ImplicitPolicy(nn.Module):
         the action by the noise, in directions v by finite differences.
 
         :param obs: ``[B, obs_dim]``.
-        :param lowest: :math:`\\eta`, the squared stretch below which is penalized, >= 0.
+        :param lowest: :math:`\eta`, the squared stretch below which is penalized, >= 0.
         :param perturbations: directions per state.
         :param step: scale of v.
         """
@@ -149,6 +179,10 @@ class ImplicitPolicy(nn.Module):
         moved, still = self.actor(obs, noise + shift).tanh(), self.actor(obs, noise).tanh()
         stretch = (moved - still).square().sum(-1) / shift.square().sum(-1)
         return (stretch - lowest).clamp_max(0).square().mean()
+
+
+def _excess(value: Tensor, bound: float) -> Tensor:
+    return (value.abs() - bound).clamp_min(0).square().sum(-1).mean()
 
 
 Policy = ExplicitPolicy | ImplicitPolicy

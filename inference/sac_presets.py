@@ -93,21 +93,19 @@ class Config:
     noise_scale: float = 1.0
     """sac-ardae: factor on the noise before the actor's first layer."""
     spread: float = 0.6
-    """sac-ardae: scale of the draws before the tanh before training."""
-    min_scale: float = 0.02
+    """sac-ardae: scale of the policy before the tanh, before training."""
+    min_scale: float = 0.05
     """sac-ardae: least scale of the noise that the actor's last layer adds."""
     bound: float = 4.0
     """sac-ardae: magnitude before the tanh from which on a draw is penalized."""
     jacobian_clamp: float = 0.0
-    """sac-ardae: squared stretch of the noise below which the actor is penalized; 0: none."""
+    """sac-ardae: squared stretch of the noise below which is penalized; 0: none."""
     jacobian_exponent: float = 1.1
     """sac-ardae: the weight of that penalty is min(1 + update ** exponent / 1000, 1e5)."""
-    score_draws: int = 8
+    score_draws: int = 4
     """sac-ardae: draws per state by which the score is learned in an update."""
-    score_folds: int = 2
-    """sac-ardae: parts into which an update of the score network cuts the draws."""
     score_steps: int = 1
-    """sac-ardae: optimizer steps of an update, each on one part."""
+    """sac-ardae: optimizer steps of an update, each on one part of the draws."""
     score_hidden_dim: int = 64
     """sac-ardae: width of the score network."""
     score_depth: int = 2
@@ -115,7 +113,7 @@ class Config:
     score_learning_rate: float = 4e-3
     """sac-ardae: step size of the score network."""
     score_delta: float = 0.2
-    """sac-ardae: scale of the noise by which the score is learned, in units of q's own."""
+    """sac-ardae: scale of the noise by which the score is learned, in the policy's scales."""
     score_normalizer_draws: int = 16
     """sac-ardae: draws for the normalizing constant of log π."""
 
@@ -200,13 +198,8 @@ def check(config: Config) -> None:
         (config.actor_learning_rate > 0, "actor-learning-rate", "a positive number"),
         (config.alpha > 0, "alpha", "a positive temperature"),
         (config.alpha_start > 0, "alpha-start", "a positive factor"),
-        (config.score_folds >= 2, "score-folds", "at least 2"),
-        (
-            config.score_draws >= 2 * config.score_folds,
-            "score-draws",
-            "at least two for each of --score-folds",
-        ),
-        (1 <= config.score_steps <= config.score_folds, "score-steps", "1 to --score-folds"),
+        (config.score_steps > 0, "score-steps", "a positive number"),
+        (config.score_draws >= config.score_steps, "score-draws", "--score-steps at least"),
     ):
         if not ok:
             found = getattr(config, option.replace("-", "_"))
@@ -242,18 +235,13 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
         action_dim,
         obs_dim,
         parametrization="energy",
+        whitening="none",  # the actor's location and scale have done it
         hidden_dim=config.score_hidden_dim,
         depth=config.score_depth,
         delta=config.score_delta,
-        num_folds=config.score_folds,
-        num_steps=config.score_steps,
+        num_folds=config.score_steps,
         learning_rate=config.score_learning_rate,
         num_normalizer_samples=config.score_normalizer_draws,
+        quasi_random=True,
     )
-    per_fold = config.score_draws // config.score_folds
-    return ImplicitPolicy(
-        actor,
-        estimator,
-        num_draws=config.score_draws,
-        num_moment_draws=per_fold * (config.score_folds - 1),
-    )
+    return ImplicitPolicy(actor, estimator, num_draws=config.score_draws, bound=config.bound)

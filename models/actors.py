@@ -149,11 +149,14 @@ class FlowActor(nn.Module):
 class ImplicitActor(nn.Module):
     r"""A network of state and noise before the tanh: samples, no density.
 
-    .. math:: z = \mu(h, \epsilon) + \sigma(h, \epsilon) \odot \epsilon', \quad h = h(s)
+    .. math:: z = \mu(s) + \sigma(s) \odot y, \quad
+        y = m(s, \epsilon) + t(s, \epsilon) \odot \epsilon'
 
-    The state is encoded once, whatever the number of draws; the networks of the noise are narrower.
-    :math:`\epsilon'`, as wide as the action, keeps the draws off a manifold: without it, and with
-    noise no wider than the action, a policy in the plane collapses onto a curve.
+    Only y is implicit: location and scale enter the density in closed form,
+    :math:`\log q(z) = \log q(y) - \sum_i \log \sigma_i`, and leave a y about as wide as 1 whatever
+    the policy's width. The state is encoded once for any number of draws; the layers that see the
+    noise are narrower. :math:`\epsilon'`, as wide as the action, keeps the draws off a manifold:
+    without it a policy in the plane collapses onto a curve.
 
     :param int obs_dim: width of an observation, >= 1.
     :param int action_dim: width D of an action, >= 1.
@@ -162,9 +165,9 @@ class ImplicitActor(nn.Module):
     :param Sequence[int] noise_hidden_dims: widths of the layers that see the noise, one or more.
     :param float noise_scale: factor on the noise before the first layer, > 0: above 1 the map
         starts with the steep slopes that separated modes need.
-    :param float spread: scale of the draws before training, > 0.
-    :param float min_scale: lower bound of :math:`\sigma`, > 0. Thinner than that, no ridge forms
-        for the score network to resolve.
+    :param float spread: :math:`\sigma` before training, > 0.
+    :param float min_scale: lower bound of t, > 0. Thinner than that, no ridge forms for the score
+        network to resolve.
     """
 
     def __init__(
@@ -174,10 +177,10 @@ class ImplicitActor(nn.Module):
         *,
         hidden_dims: Sequence[int] = (256, 256),
         noise_dim: int = 10,
-        noise_hidden_dims: Sequence[int] = (128, 128),
+        noise_hidden_dims: Sequence[int] = (64, 64),
         noise_scale: float = 1.0,
         spread: float = 0.6,
-        min_scale: float = 0.02,
+        min_scale: float = 0.05,
     ) -> None:
         super().__init__()
         if noise_dim < 1 or not noise_hidden_dims:
@@ -189,21 +192,35 @@ class ImplicitActor(nn.Module):
         self.noise_scale, self.min_scale = noise_scale, min_scale
         first = noise_hidden_dims[0]
         self.trunk = MLP((obs_dim, *hidden_dims), activation=nn.ReLU, activate_output=True)
-        self.of_state = nn.Linear(hidden_dims[-1], first)
+        self.head = nn.Linear(hidden_dims[-1], 2 * action_dim + first)
         self.of_noise = nn.Linear(noise_dim, first, bias=False)
         self.net = MLP((*noise_hidden_dims, 2 * action_dim), activation=nn.ReLU)
         with torch.no_grad():
-            loc, log_scale = self.net.last.bias.view(2, action_dim)
+            self.head.bias[action_dim : 2 * action_dim].fill_(math.log(spread))
+            loc, raw = self.net.last.bias.view(2, action_dim)
             loc.zero_()
-            log_scale.fill_(math.log(math.expm1(spread)))
+            raw.fill_(math.log(math.expm1(1.0)))
+
+    def encode(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``obs [*batch, obs_dim]`` to what does not depend on the noise.
+
+        :returns: location and log scale ``[*batch, D]``, and what :meth:`deviate` takes.
+        """
+        widths = [self.action_dim, self.action_dim, self.of_noise.out_features]
+        loc, log_scale, seen = self.head(self.trunk(obs)).split(widths, -1)
+        return loc, log_scale.clamp(*_LOG_SCALE), seen
+
+    def deviate(self, seen: Tensor, noise: Tensor) -> Tensor:
+        """``noise [n, *batch, noise_dim + D]`` to y ``[n, *batch, D]``."""
+        noise, last = noise.split([self.noise_dim, self.action_dim], -1)
+        hidden = torch.relu(seen + self.of_noise(self.noise_scale * noise))
+        center, raw = self.net(hidden).chunk(2, -1)
+        return torch.addcmul(center, F.softplus(raw) + self.min_scale, last)
 
     def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
         """``obs [*batch, obs_dim]``, ``noise [n, *batch, noise_dim + D]`` to ``[n, *batch, D]``."""
-        noise, last = noise.split([self.noise_dim, self.action_dim], -1)
-        seen = self.of_state(self.trunk(obs))
-        hidden = torch.relu(seen + self.of_noise(self.noise_scale * noise))
-        loc, raw = self.net(hidden).chunk(2, -1)
-        return torch.addcmul(loc, F.softplus(raw) + self.min_scale, last)
+        loc, log_scale, seen = self.encode(obs)
+        return loc + log_scale.exp() * self.deviate(seen, noise)
 
     def noise(self, obs: Tensor, num_draws: int = 1) -> Tensor:
         """Fresh noise for :meth:`forward`."""

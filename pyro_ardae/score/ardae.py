@@ -9,6 +9,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -65,6 +66,8 @@ class ARDAE(WhitenedEstimator):
     :param max_age: steps to which that of a fixed one may grow, >= ``min_age``.
     :param autocast: run the hidden layers in bfloat16 where the device gains by it.
     :param num_normalizer_samples: draws for the normalizing constant in :meth:`log_prob`.
+    :param quasi_random: take a randomly shifted Sobol sequence for them. In a few dimensions the
+        error falls nearly as one over their number, not as one over its root.
     :raises ValueError: for a parameter out of range.
 
     Reference: Lim, Courville, Pal, Huang, "AR-DAE: Towards Unbiased Neural Entropy Gradient
@@ -91,6 +94,7 @@ class ARDAE(WhitenedEstimator):
         max_age: int = 8000,
         autocast: bool = False,
         num_normalizer_samples: int = 128,
+        quasi_random: bool = False,
     ) -> None:
         self._in_range("delta", delta, 0.0 < delta <= 1.0, "in (0, 1]")
         self._in_range("hidden_dim", hidden_dim, hidden_dim >= 1, ">= 1")
@@ -116,7 +120,7 @@ class ARDAE(WhitenedEstimator):
             autocast=autocast,
         )
         self.parametrization, self.delta = parametrization, delta
-        self.num_normalizer_samples = num_normalizer_samples
+        self.num_normalizer_samples, self.quasi_random = num_normalizer_samples, quasi_random
 
     def _noised(self, w: Tensor, base: Student) -> tuple[Tensor, Tensor, Tensor]:
         """Antithetic pairs about w, their sigma, and what is left for the network to cancel."""
@@ -157,22 +161,36 @@ class ARDAE(WhitenedEstimator):
 
         .. math:: \log t(w) - E(w, 0, c) - \log \hat Z(c) + \log |\det A_c|.
 
-        Z is estimated by ``num_normalizer_samples`` draws of the t, the same for all values.
+        Z is estimated by ``num_normalizer_samples`` draws of the t, or of a logistic distribution
+        with ``quasi_random``, the same for all values.
 
         :raises NotImplementedError: with the residual parametrization.
         """
         if not isinstance(self.network, EnergyNetwork):
             return super().log_prob(value, samples, context)
         frame, w, features = self._query(value, samples, context, center)
-        shape = (self.num_normalizer_samples, *w.shape[1:])
-        draws = frame.base.sample(torch.Size(shape), w)
+        draws, log_weight = self._normalizer_draws(frame.base, w)
         points = torch.cat([w, draws])
         sigma = points.new_zeros(*points.shape[:-1], 1)
         energy = self.network.energy(
             self.averaged, points, sigma, features, dtype=self.hidden_dtype
         )
         energy, of_draws = energy.split([len(w), len(draws)])
-        log_z = torch.logsumexp(-of_draws, 0) - math.log(self.num_normalizer_samples)
+        log_z = torch.logsumexp(log_weight - of_draws, 0) - math.log(self.num_normalizer_samples)
         volume = frame.log_abs_det()
         result = frame.base.log_prob(w) - energy + volume - log_z
         return result.reshape(value.shape[:-1])
+
+    def _normalizer_draws(self, base: Student, w: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Draws ``[M, B, D]``, and the log of their density by the base over that they are from."""
+        shape = (self.num_normalizer_samples, *w.shape[1:])
+        if not self.quasi_random:
+            return base.sample(torch.Size(shape), w), 0.0
+        # The logistic has its quantiles in closed form, tails above a Gaussian's, and with this
+        # scale a standard deviation of 1.09.
+        scale = 0.6
+        points = torch.quasirandom.SobolEngine(self.dim).draw(shape[0]).to(w).unsqueeze(1)
+        shift = torch.rand(shape[1:], dtype=w.dtype, device=w.device)
+        draws = scale * torch.logit((points + shift) % 1, 1e-6)
+        log_density = -(draws / scale + 2 * F.softplus(-draws / scale)).sum(-1)
+        return draws, base.log_prob(draws) - log_density + self.dim * math.log(scale)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
 
 from inference.errors import UserError
 from inference.replay import Batch
@@ -28,21 +29,15 @@ SMALL = {"hidden_dims": (16,), "noise_hidden_dims": (16,), "noise_dim": 3, "batc
 
 
 class Oracle(ScoreEstimator):
-    """The exact score and density of the normal that a linear sampler draws from.
-
-    z = loc(s) + A noise, hence z ~ N(loc(s), A A^T).
-    """
+    """The exact score and density of the y of a linear actor: N(0, A A^T) in every state."""
 
     def __init__(self, actor: LinearActor) -> None:
         super().__init__(actor.action_dim, actor.obs_dim)
         self.actor = [actor]
 
-    def _normal(self, context: Tensor) -> torch.distributions.MultivariateNormal:
-        actor = self.actor[0]
-        factor = actor.factor.detach()
-        return torch.distributions.MultivariateNormal(
-            context @ actor.loc.detach(), factor @ factor.mT
-        )
+    def _normal(self) -> MultivariateNormal:
+        factor = self.actor[0].factor.detach()
+        return MultivariateNormal(torch.zeros(self.dim), factor @ factor.mT)
 
     def update(
         self, samples: Tensor, context: Tensor | None = None, *, center: Any = None
@@ -52,44 +47,36 @@ class Oracle(ScoreEstimator):
     def forward(
         self, value: Tensor, samples: Tensor, context: Tensor | None = None, *, center: Any = None
     ) -> Tensor:
-        assert context is not None
-        normal = self._normal(context)
-        return -torch.linalg.solve(normal.covariance_matrix, value - normal.mean, left=False) @ (
-            torch.eye(self.dim)
-        )
+        return -value @ self._normal().precision_matrix
 
     def log_prob(
         self, value: Tensor, samples: Tensor, context: Tensor | None = None, *, center: Any = None
     ) -> Tensor:
-        assert context is not None
-        return self._normal(context).log_prob(value)
+        return self._normal().log_prob(value)
 
 
 class LinearActor(nn.Module):
-    """A sampler linear in state and noise: its q is a normal."""
+    """z = loc(s) + exp(log_scale(s)) y, y = A noise: a normal, by the interface of an implicit."""
 
     def __init__(self, obs_dim: int, action_dim: int) -> None:
         super().__init__()
         self.obs_dim, self.action_dim = obs_dim, action_dim
         self.loc = nn.Parameter(0.5 * torch.randn(obs_dim, action_dim))
-        self.factor = nn.Parameter(
-            torch.eye(action_dim) + 0.2 * torch.randn(action_dim, action_dim)
-        )
+        self.log_scale = nn.Parameter(0.3 * torch.randn(obs_dim, action_dim))
+        noise = torch.randn(action_dim, action_dim)
+        self.factor = nn.Parameter(torch.eye(action_dim) + 0.2 * noise)
         self.fixed: Tensor | None = None
+
+    def encode(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return obs @ self.loc, obs @ self.log_scale, obs
+
+    def deviate(self, seen: Tensor, noise: Tensor) -> Tensor:
+        return noise @ self.factor.mT
 
     def noise(self, obs: Tensor, num_draws: int = 1) -> Tensor:
         if self.fixed is not None:
             return self.fixed.expand(num_draws, -1, -1)
         return torch.randn(num_draws, *obs.shape[:-1], self.action_dim)
-
-    def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
-        return obs @ self.loc + noise @ self.factor.mT
-
-    def draw(self, obs: Tensor, num_draws: int = 1) -> Tensor:
-        return self(obs, self.noise(obs, num_draws))
-
-    def center(self, obs: Tensor) -> Tensor:
-        return obs @ self.loc
 
 
 class Quadratic(nn.Module):
@@ -105,7 +92,7 @@ class Quadratic(nn.Module):
 
 def linear_agent(config: Config, obs_dim: int = 3, action_dim: int = 2) -> tuple[Agent, Any]:
     actor: Any = LinearActor(obs_dim, action_dim)
-    policy = ImplicitPolicy(actor, Oracle(actor), num_draws=4, num_moment_draws=2)
+    policy = ImplicitPolicy(actor, Oracle(actor), num_draws=4, bound=config.bound)
     return Agent(policy, Quadratic(obs_dim, action_dim), config), actor
 
 
@@ -115,24 +102,28 @@ def test_policy_gradient_by_hand() -> None:
     config = Config(agent="sac-ardae", alpha=0.7, auto_alpha=False, bound=1e9)
     agent, actor = linear_agent(config)
     obs = torch.randn(6, 3)
-    actor.fixed = torch.randn(1, 6, 2)
+    actor.fixed = 0.3 * torch.randn(1, 6, 2)  # within the bound of y
     noise = actor.fixed[0]
     agent.actor_optimizer = torch.optim.SGD(actor.parameters(), 1.0)
-    loc, factor = actor.loc.detach().clone(), actor.factor.detach().clone()
-    agent.update_actor(obs, agent.policy.fit(obs))
+    loc, log_scale, factor = (one.detach().clone() for one in actor.parameters())
+    agent.policy.fit(obs)
+    agent.update_actor(obs)
 
-    z = obs @ loc + noise @ factor.mT
+    scale, y = (obs @ log_scale).exp(), noise @ factor.mT
+    z = obs @ loc + scale * y
     a = z.tanh()
-    covariance = factor @ factor.mT
-    score = -(torch.linalg.inv(covariance) @ (z - obs @ loc).mT).mT
+    score = -(torch.linalg.inv(factor @ factor.mT) @ y.mT).mT
     targets = obs @ agent.critic.targets.detach()  # [2, 6, D]
     values = -(a - targets).square().sum(-1)
     nearest = targets[values.argmin(0), torch.arange(6)]
     of_q = -2 * (a - nearest) * (1 - a.square())
-    # The score of log pi along the draw, by z: that of q, and minus that of sum log(1 - tanh^2).
-    of_z = (0.7 * (score + 2 * a) - of_q) / 6
+    # By z: minus the gradient of sum log(1 - tanh^2), and that of Q.
+    of_z = (0.7 * 2 * a - of_q) / 6
+    of_y = of_z * scale + 0.7 * score / 6
+    of_log_scale = of_z * scale * y - 0.7 / 6
     assert torch.allclose(loc - actor.loc, obs.mT @ of_z, rtol=0, atol=1e-10)
-    assert torch.allclose(factor - actor.factor, of_z.mT @ noise, rtol=0, atol=1e-10)
+    assert torch.allclose(log_scale - actor.log_scale, obs.mT @ of_log_scale, rtol=0, atol=1e-10)
+    assert torch.allclose(factor - actor.factor, of_y.mT @ noise, rtol=0, atol=1e-10)
 
 
 @pytest.mark.usefixtures("float64")
@@ -170,9 +161,11 @@ def test_log_pi_of_an_implicit_policy() -> None:
     obs = torch.randn(5, 3)
     actor.fixed = torch.randn(1, 5, 2)
     z, log_pi = agent.policy.sample(obs)
-    normal = torch.distributions.MultivariateNormal(obs @ actor.loc, actor.factor @ actor.factor.mT)
+    factor = torch.diag_embed((obs @ actor.log_scale).exp()) @ actor.factor
+    normal = MultivariateNormal(obs @ actor.loc, factor @ factor.mT)
     expected = normal.log_prob(z) - (1 - z.tanh().square()).log().sum(-1)
     assert torch.allclose(log_pi, expected, atol=1e-10)
+    assert torch.allclose(agent.policy.log_prob(obs, z), normal.log_prob(z), atol=1e-10)
 
 
 def batch(count: int, obs_dim: int = 3, action_dim: int = 2) -> Batch:
@@ -256,7 +249,7 @@ def test_temperature_is_annealed() -> None:
 
 def test_jacobian_penalty() -> None:
     actor = ImplicitActor(3, 2, hidden_dims=(8,), noise_dim=4, noise_hidden_dims=(8,))
-    policy = ImplicitPolicy(actor, ARDAE(2, 3), num_draws=4, num_moment_draws=2)
+    policy = ImplicitPolicy(actor, ARDAE(2, 3), num_draws=4)
     obs = torch.randn(5, 3)
     free = policy.jacobian_penalty(obs, 0.0)
     assert float(free.detach()) == 0
@@ -264,15 +257,25 @@ def test_jacobian_penalty() -> None:
     penalty.backward()
     assert 0 < float(penalty.detach()) < 1
     assert all(p.grad is not None for p in actor.parameters())
-    explicit = ExplicitPolicy(GaussianActor(3, 2))
-    assert float(explicit.jacobian_penalty(obs, 1.0)) == 0
+    agent, _ = linear_agent(Config(agent="sac-ardae", auto_alpha=False))
+    assert agent.jacobian_clamp(obs) == 0
+    config = Config(agent="sac-ardae", auto_alpha=False, jacobian_clamp=1.0)
+    agent = Agent(policy, TwinCritic(3, 2), config)
+    agent.updates = 100
+    expected = (1 + 100**1.1 / 1000) * penalty.detach()
+    assert float(agent.jacobian_clamp(obs).detach()) == pytest.approx(float(expected), rel=0.2)
 
 
-def test_draws_beyond_the_bound_are_penalized() -> None:
-    agent, _ = linear_agent(Config(agent="sac-ardae", auto_alpha=False, bound=2.0))
-    obs = torch.zeros(2, 3)
-    z = torch.tensor([[1.9, -1.9], [5.0, -2.0]])
-    assert float(agent.penalty(obs, z)) == pytest.approx(3**2 / 2)
+def test_draws_beyond_the_bounds_are_penalized() -> None:
+    agent, actor = linear_agent(Config(agent="sac-ardae", auto_alpha=False, bound=2.0))
+    with torch.no_grad():
+        actor.factor.copy_(torch.eye(2))
+    actor.fixed = torch.tensor([[[1.9, -1.9], [5.0, -2.0]]])
+    _, _, excess = agent.policy.rsample(torch.zeros(2, 3))
+    # Here z = y: 3 beyond 2, the bound of z, and 2 beyond 3, that of y, in one of two draws.
+    assert float(excess.detach()) == pytest.approx((3**2 + 2**2) / 2)
+    _, _, excess = ExplicitPolicy(GaussianActor(3, 2)).rsample(torch.zeros(2, 3))
+    assert float(excess) == 0
 
 
 @pytest.mark.parametrize("name", ["sac", "sac-nf", "sac-ardae"])
@@ -306,7 +309,8 @@ def test_only_the_actor_learns_in_its_step(name: Any) -> None:
     config = Config(agent=name, **SMALL)  # type: ignore[arg-type]
     agent = Agent(build_policy(config, 3, 2), TwinCritic(3, 2, hidden_dims=(8,)), config)
     obs = torch.randn(8, 3)
-    agent.update_actor(obs, agent.policy.fit(obs))
+    agent.policy.fit(obs)
+    agent.update_actor(obs)
     assert all(p.grad is None for p in agent.critic.parameters())
     metrics = agent.update(batch(8))
     assert all(torch.isfinite(value) for value in metrics.values())
@@ -318,7 +322,7 @@ def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
     assert isinstance(policy, ImplicitPolicy)
     assert type(policy.estimator) is ARDAE
     found = policy.diagnostics(torch.randn(16, 3))
-    assert found.keys() == {"score_loss", "stein", "stein_se", "log_prob_se"}
+    assert found.keys() == {"score_loss", "stein", "stein_se", "log_prob_se", "width"}
     assert all(math.isfinite(value) for value in found.values())
 
 
@@ -330,9 +334,8 @@ def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
         ({"tau": 0.0}, "--tau: expected a share"),
         ({"alpha": -1.0}, "--alpha: expected a positive temperature"),
         ({"batch_size": 1}, "--batch-size: expected at least 2"),
-        ({"score_draws": 3}, "--score-draws: expected at least two for each"),
-        ({"score_folds": 1}, "--score-folds: expected at least 2"),
-        ({"score_steps": 3}, "--score-steps: expected 1 to --score-folds"),
+        ({"score_draws": 1, "score_steps": 2}, "--score-draws: expected --score-steps at least"),
+        ({"score_steps": 0}, "--score-steps: expected a positive number"),
         ({"buffer_size": 0}, "--buffer-size: expected --num-envs at least"),
     ],
 )
@@ -342,9 +345,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_too_few_draws() -> None:
-    actor = ImplicitActor(3, 2)
-    with pytest.raises(ValueError, match="2 <= num_moment_draws <= num_draws, got 1 and 4"):
-        ImplicitPolicy(actor, ARDAE(2, 3), num_draws=4, num_moment_draws=1)
+    with pytest.raises(ValueError, match="expected num_draws >= 1, got 0"):
+        ImplicitPolicy(ImplicitActor(3, 2), ARDAE(2, 3), num_draws=0)
 
 
 @pytest.mark.slow
@@ -363,7 +365,8 @@ def test_gaussian_policy_on_a_bandit_is_the_best_gaussian(
     agent = Agent(build_policy(config, 2, 1), Parabola(), config)
     obs = torch.zeros(256, 2)
     for _ in range(600):
-        agent.update_actor(obs, agent.policy.fit(obs))
+        agent.policy.fit(obs)
+        agent.update_actor(obs)
     a = agent.act(torch.zeros(20_000, 2))[:, 0].double()
     grid = torch.linspace(-1, 1, 100_001, dtype=torch.float64)
     weight = (-grid.square()).exp()

@@ -1,0 +1,148 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Times one soft actor-critic update of each agent against Stable-Baselines3's.
+
+What ``python -m inference.bench sac`` runs: on the shapes of HalfCheetah (17 observations, 6
+actions, batch 256), with transitions of noise, all in one process and taking turns, so that a slow
+moment of the machine meets all of them. An update is drawing a batch, one step of each network, and
+one of the targets; the agents have the options of their HalfCheetah presets, and Stable-Baselines3
+its defaults, which are the same sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+
+from inference.errors import UserError
+from inference.replay import Batch, Replay
+from inference.sac_agent import Agent
+from inference.sac_presets import PRESETS, AgentName, build_policy
+from models.critics import TwinCritic
+
+__all__ = ["Sac", "bench_sac", "report"]
+
+OBS_DIM, ACTION_DIM, TRANSITIONS = 17, 6, 5000
+
+
+@dataclass(frozen=True)
+class Sac:
+    """Times one soft actor-critic update of each agent and of Stable-Baselines3's."""
+
+    updates: int = 200
+    """Timed updates of each."""
+    warmup: int = 30
+    """Updates of each before the clock runs."""
+    threads: int = 1
+    """CPU threads of torch."""
+    batch_size: int = 256
+    """Transitions of an update."""
+    seed: int = 0
+    """Seed of weights and data."""
+    json: Path | None = None
+    """Write the figures to this file too."""
+
+
+class _Shapes(gymnasium.Env[Any, Any]):
+    """Spaces of HalfCheetah, without MuJoCo: nothing is stepped."""
+
+    def __init__(self) -> None:
+        self.observation_space = Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
+        self.action_space = Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+
+
+def _transitions(count: int) -> Batch:
+    return Batch(
+        torch.randn(count, OBS_DIM),
+        2 * torch.rand(count, ACTION_DIM) - 1,
+        torch.randn(count),
+        torch.randn(count, OBS_DIM),
+        torch.zeros(count),
+    )
+
+
+def _build(name: AgentName, options: Sac) -> Callable[[], Any]:
+    config = dataclasses.replace(PRESETS[f"halfcheetah-{name}"][1], batch_size=options.batch_size)
+    critic = TwinCritic(OBS_DIM, ACTION_DIM, hidden_dims=config.hidden_dims)
+    agent = Agent(build_policy(config, OBS_DIM, ACTION_DIM), critic, config)
+    replay = Replay(TRANSITIONS, OBS_DIM, ACTION_DIM)
+    replay.add(_transitions(TRANSITIONS))
+    return lambda: agent.update(replay.sample(options.batch_size))
+
+
+def _build_sb3(options: Sac) -> Callable[[], Any]:
+    try:
+        from stable_baselines3 import SAC
+        from stable_baselines3.common.logger import configure
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"bench sac: expected stable-baselines3 to be installed, found: {error}; "
+            'pip install "pyro-ardae[bench]"'
+        ) from None
+    model = SAC(
+        "MlpPolicy",
+        _Shapes(),
+        batch_size=options.batch_size,
+        buffer_size=TRANSITIONS,
+        seed=options.seed,
+        device="cpu",
+    )
+    model.set_logger(configure(None, []))
+    rows = _transitions(TRANSITIONS)
+    for index in range(TRANSITIONS):
+        obs, action, reward, next_obs, done = (part[index : index + 1].numpy() for part in rows)
+        model.replay_buffer.add(obs, next_obs, action, reward, done, [{}])  # type: ignore[union-attr]
+    return lambda: model.train(1, options.batch_size)
+
+
+def bench_sac(options: Sac) -> dict[str, Any]:
+    """Runs the benchmark; returns its figures: medians in milliseconds, and ratios."""
+    torch.manual_seed(options.seed)
+    jobs: dict[str, Callable[[], Any]] = {"sb3": _build_sb3(options)}
+    jobs |= {name: _build(name, options) for name in get_args(AgentName)}
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for index in range(options.warmup + options.updates):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if index >= options.warmup:
+                times[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "ms": {name: 1e3 * value for name, value in median.items()},
+        "ratio_to_sb3": {
+            name: value / median["sb3"] for name, value in median.items() if name != "sb3"
+        },
+        "updates": options.updates,
+        "batch_size": options.batch_size,
+        "threads": options.threads,
+        "torch": torch.__version__,
+    }
+
+
+def report(figures: dict[str, Any], path: Path | None) -> None:
+    """Prints the figures, and writes them to a file if one is given.
+
+    :raises UserError: if it cannot be written.
+    """
+    for name, ms in figures["ms"].items():
+        ratio = figures["ratio_to_sb3"].get(name)
+        shown = "" if ratio is None else f", {ratio:.2f} of Stable-Baselines3's"
+        print(f"{name}: {ms:.2f} ms an update{shown}")
+    if path is not None:
+        try:
+            path.write_text(json.dumps(figures, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: expected a writable file, found: {error}") from None

@@ -1,0 +1,178 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""inference.sac, inference.bandit and inference.sac_plots as a user runs them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference.sac_presets import PRESETS
+from tests.inference.conftest import ROOT, Program
+from tests.inference.test_programs import _assert_equal
+
+#: Options that make a run tiny.
+SMALL = (
+    *("--batch-size", 8, "--learning-starts", 10, "--hidden-dims", 16, "--noise-hidden-dims", 16),
+    *("--eval-episodes", 2, "--buffer-size", 200),
+)
+AGENTS = ("sac", "sac-nf", "sac-ardae")
+
+
+def read(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", ["sac", "bandit", "sac_plots"])
+def test_help(name: str, program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        program(name, "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"python -m inference.{name}" in shown
+    if name == "sac":
+        assert all(preset in shown for preset in PRESETS)
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_run(
+    agent: str,
+    num_envs: int,
+    program: Program,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    options = ("--steps", 16, "--eval-every", 8, "--num-envs", num_envs, "--out", run)
+    program("sac", f"multigoal-{agent}", *SMALL, *options)
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert files > {
+        *("config.json", "command.txt", "versions.json", "metrics.csv", "results.json"),
+        *("checkpoints/latest.pt", "figures/run.png", "figures/trajectories.png"),
+    }
+    first, last = read(run)
+    assert (first["step"], last["step"]) == ("8", "16")
+    # Ten random transitions, then one update for each.
+    assert last["updates"] == "6"
+    assert first["critic_loss"] == ""
+    assert float(last["critic_loss"]) > 0
+    assert sum(float(last[f"goal_{index}"]) for index in range(4)) == pytest.approx(1)
+    assert (last["stein"] != "") == (agent == "sac-ardae")
+    results = json.loads((run / "results.json").read_text())
+    assert results["steps"] == 16
+    assert sum(results["goal_shares_last_five"]) == pytest.approx(1)
+    assert "steps/s" in capsys.readouterr().out
+
+    program("sac_plots", run, "--out", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_for_two_updates(
+    preset: str, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whole episodes and figures take seconds; `test_run` has them.
+    monkeypatch.setattr("inference.sac.Training.evaluate", lambda self: dict.fromkeys(PLAYED, 0.0))
+    monkeypatch.setattr("inference.sac_plots.draw_run", lambda *arguments: [])
+    options = ("--steps", 4, "--learning-starts", 2, "--batch-size", 4, "--buffer-size", 100)
+    program("sac", preset, *options, "--out", tmp_path / "run")
+    (row,) = read(tmp_path / "run")
+    assert row["updates"] == "2"
+
+
+#: What an evaluation adds to a row, of what the program prints.
+PLAYED = ("eval_return", "eval_return_std", "eval_return_no_noise")
+
+
+@pytest.mark.parametrize("agent", ["sac", "sac-ardae"])
+def test_resume_after_sigkill_bit_for_bit(agent: str, program: Program, tmp_path: Path) -> None:
+    arguments = [f"pendulum-{agent}", *SMALL, "--eval-every", 1_000_000, "--checkpoint-every", 25]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "inference.sac", *map(str, arguments)]
+    command += ["--steps", "1000000", "--out", str(killed)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
+        latest = killed / "checkpoints" / "latest.pt"
+        deadline = time.monotonic() + 60
+        while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    steps = torch.load(latest, weights_only=True)["collector"]["steps"] + 30
+
+    program("sac", *arguments, "--steps", steps, "--out", whole)
+    program("sac", *arguments, "--steps", steps, "--resume", killed)
+    states = [
+        torch.load(run / "checkpoints" / "latest.pt", weights_only=True) for run in (killed, whole)
+    ]
+    for state in states:
+        state.pop("seconds")
+    assert states[0]["agent"]["updates"] > 20
+    _assert_equal(*states)
+
+
+def test_bandit(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--seeds", 0, "--updates", 3, "--draws", 1000, "--out", tmp_path)
+    program("bandit", *options, "--bandits", "1d", "2d", "6d", "--config.batch-size", 8)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 2 * 4
+    assert all(float(row["kl"]) > 0 for row in rows)
+    for row in rows:
+        assert (row["smallest_mode"] != "") == (row["bandit"] == "6d")
+        assert (row["stein"] != "") == (row["agent"] == "sac-ardae")
+        assert (row["log_prob_error"] != "") == (
+            row["agent"] == "sac-ardae" and row["bandit"] != "6d"
+        )
+    assert "bandit 1d, agent sac, seed 0" in capsys.readouterr().out
+
+
+def test_errors_end_in_one_line(
+    program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    tiny = (*SMALL, "--steps", 2)
+    program("sac", "pendulum-sac", *tiny, "--eval-every", 1000, "--out", run)
+    other = ("sac", "pendulum-sac-ardae", *tiny)
+    never = ("--out", tmp_path / "never")
+    table: list[tuple[tuple[object, ...], str]] = [
+        (("sac", "pendulum"), "pendulum"),
+        (("sac", "pendulum-sac", *tiny, "--eval-every", 1000, "--out", run), "found a run"),
+        ((*other, "--eval-every", 1000, "--resume", run), "agent is 'sac' in the run, 'sac-ardae'"),
+        (("sac", "pendulum-sac", *tiny, "--env", "CartPole-v1", *never), "actions in a Box"),
+        (("sac", "pendulum-sac", *tiny, "--env", "Nothing-v3", *never), "a registered environment"),
+        (("sac", "pendulum-sac", *tiny, "--gamma", 1, *never), "--gamma: expected a discount"),
+        (("bandit", "--seconds", 0), "--seconds: expected a positive time"),
+        (("sac_plots", tmp_path / "none"), "expected a run folder, found none"),
+    ]
+    capsys.readouterr()
+    for arguments, message in table:
+        with pytest.raises(SystemExit) as stopped:
+            program(*arguments)
+        shown = capsys.readouterr()
+        assert stopped.value.code == 2, arguments
+        assert message in shown.err + shown.out, arguments
+        assert "Traceback" not in shown.err, arguments
+    assert not (tmp_path / "never").exists()
+
+
+def test_bench_sac(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bench.json"
+    program("bench", "sac", "--updates", 2, "--warmup", 1, "--batch-size", 8, "--json", path)
+    figures = json.loads(path.read_text())
+    assert figures["ms"].keys() == {"sb3", *AGENTS}
+    assert figures["ratio_to_sb3"].keys() == {*AGENTS}
+    assert all(value > 0 for value in figures["ratio_to_sb3"].values())
+    assert "sac-ardae" in capsys.readouterr().out
