@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_ardae.implicit import Implicit, find_implicit
+from pyro_ardae.probe import check_context
 from pyro_ardae.score import ARDAE, ScoreEstimator
 
 __all__ = ["TraceImplicitEnum_ELBO", "TraceImplicitMeanField_ELBO", "TraceImplicit_ELBO"]
@@ -30,16 +32,19 @@ EstimatorFactory = Callable[[int, int], ScoreEstimator]
 class _ScoreMessenger(Messenger):
     """Attach a score to every implicit site that a guide samples, when it is sampled."""
 
-    def __init__(self, attach: Callable[[str, Implicit, Tensor], None]) -> None:
+    def __init__(self, attach: Callable[[str, Implicit, Tensor, dict[str, Tensor]], None]) -> None:
         super().__init__()
         self._attach = attach
+        self._earlier: dict[str, Tensor] = {}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["is_observed"]:
             return
         fn = find_implicit(msg["fn"])
         if fn is not None:
-            self._attach(msg["name"], fn, msg["value"])
+            self._attach(msg["name"], fn, msg["value"], self._earlier)
+        if isinstance(msg["value"], Tensor):
+            self._earlier[msg["name"]] = msg["value"]
 
 
 class _Site:
@@ -49,6 +54,7 @@ class _Site:
         self.estimator = estimator
         self.loss: Tensor | None = None
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
+        self.probed = False
 
     def diagnostics(self) -> dict[str, float]:
         result = {} if self.loss is None else {"score_loss": float(self.loss)}
@@ -168,7 +174,14 @@ class _ImplicitELBO:
         """Train the score estimators, then differentiate the loss (the path of ``SVI.step``)."""
         with self._learn(), poutine.trace(param_only=True) as seen:
             try:
-                return super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
+                loss = super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
+                if math.isnan(loss):
+                    raise ValueError(
+                        "the loss is NaN. The step was refused and no parameter changed. Check the "
+                        "data for NaN, the model's parameters for overflow, or lower the learning "
+                        "rate."
+                    )
+                return loss
             except ValueError:  # earlier particles have left their gradients
                 params = [site["value"].unconstrained() for site in seen.trace.nodes.values()]
                 pyro.infer.util.zero_grads(params)
@@ -211,12 +224,15 @@ class _ImplicitELBO:
             )
             self._guide = guide
 
-    def _attach(self, name: str, fn: Implicit, value: Tensor) -> None:
+    def _attach(self, name: str, fn: Implicit, value: Tensor, earlier: dict[str, Tensor]) -> None:
         """Give ``fn`` its score: draw from it, let the site's estimator learn, and bind it."""
         dims = len(fn.event_shape)
         source = fn.distinct()
         context = None if source.context is None else source.context.detach()
         site = self._site(name, fn, value)
+        if value.requires_grad and not site.probed:
+            site.probed = True
+            check_context(name, fn, value, earlier)
 
         def flat(z: Tensor) -> Tensor:
             return z.flatten(-dims) if dims else z.unsqueeze(-1)
