@@ -32,9 +32,10 @@ EstimatorFactory = Callable[[int, int], ScoreEstimator]
 class _ScoreMessenger(Messenger):
     """Attach a score to every implicit site that a guide samples, when it is sampled."""
 
-    def __init__(self, attach: Callable[[str, Implicit, Tensor, dict[str, Tensor]], None]) -> None:
+    def __init__(self, attach: Callable[[str, Implicit, Tensor], None], probed: set[str]) -> None:
         super().__init__()
         self._attach = attach
+        self._probed = probed
         self._earlier: dict[str, Tensor] = {}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
@@ -42,9 +43,11 @@ class _ScoreMessenger(Messenger):
             return
         fn = find_implicit(msg["fn"])
         if fn is not None:
-            self._attach(msg["name"], fn, msg["value"], self._earlier)
-        if isinstance(msg["value"], Tensor):
-            self._earlier[msg["name"]] = msg["value"]
+            if msg["name"] not in self._probed and msg["value"].requires_grad:
+                self._probed.add(msg["name"])
+                check_context(msg["name"], fn, msg["value"], self._earlier)
+            self._attach(msg["name"], fn, msg["value"])
+        self._earlier[msg["name"]] = msg["value"]
 
 
 class _Site:
@@ -54,7 +57,6 @@ class _Site:
         self.estimator = estimator
         self.loss: Tensor | None = None
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
-        self.probed = False
 
     def diagnostics(self) -> dict[str, float]:
         result = {} if self.loss is None else {"score_loss": float(self.loss)}
@@ -112,6 +114,7 @@ class _ImplicitELBO:
         self._frozen = False
         self._learning = False
         self._attached: list[Implicit] = []
+        self._probed: set[str] = set()
 
     # ---- what users call -------------------------------------------------------------------------
 
@@ -154,6 +157,7 @@ class _ImplicitELBO:
         """Forget all estimators, so that another guide can be trained."""
         self._sites.clear()
         self._pending.clear()
+        self._probed.clear()
         self._guide = None
 
     @contextmanager
@@ -190,7 +194,7 @@ class _ImplicitELBO:
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
         self._watch(guide)
         # Messenger.__call__, not functools.wraps: poutine.unwrap() finds a GuideMessenger under it.
-        scored = _ScoreMessenger(self._attach)(guide)
+        scored = _ScoreMessenger(self._attach, self._probed)(guide)
         try:
             yield from super()._get_traces(model, scored, args, kwargs)  # type: ignore[misc]
         finally:  # a guide may keep its distributions: outside the ELBO they have no log_prob
@@ -224,15 +228,12 @@ class _ImplicitELBO:
             )
             self._guide = guide
 
-    def _attach(self, name: str, fn: Implicit, value: Tensor, earlier: dict[str, Tensor]) -> None:
+    def _attach(self, name: str, fn: Implicit, value: Tensor) -> None:
         """Give ``fn`` its score: draw from it, let the site's estimator learn, and bind it."""
         dims = len(fn.event_shape)
         source = fn.distinct()
         context = None if source.context is None else source.context.detach()
         site = self._site(name, fn, value)
-        if value.requires_grad and not site.probed:
-            site.probed = True
-            check_context(name, fn, value, earlier)
 
         def flat(z: Tensor) -> Tensor:
             return z.flatten(-dims) if dims else z.unsqueeze(-1)

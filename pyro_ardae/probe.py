@@ -21,7 +21,7 @@ __all__ = ["check_context"]
 _SEARCHED = 4096
 
 
-def check_context(name: str, fn: Implicit, value: Tensor, earlier: Mapping[str, Tensor]) -> None:
+def check_context(name: str, fn: Implicit, value: Tensor, earlier: Mapping[str, Any]) -> None:
     """Warn if a site's draws depend on something, besides its noise, that its context lacks.
 
     Two things are looked for, at the cost of three calls of the sampler on one draw:
@@ -46,7 +46,7 @@ def check_context(name: str, fn: Implicit, value: Tensor, earlier: Mapping[str, 
         return
     through, base = _context_nodes(fn)
     reached = _walk(value.grad_fn, stop=through)
-    read = [site for site, other in earlier.items() if other.grad_fn in reached]
+    read = [site for site, other in earlier.items() if _node(other) in reached]
     missing = [site for site in read if not _holds(fn, earlier[site])]
     if missing:
         sites = ", ".join(f"'{site}'" for site in missing)
@@ -68,6 +68,10 @@ def check_context(name: str, fn: Implicit, value: Tensor, earlier: Mapping[str, 
 
 def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _node(value: Any) -> Any:
+    return getattr(value, "grad_fn", None)
 
 
 def _context_nodes(fn: Implicit) -> tuple[set[Any], Any]:
