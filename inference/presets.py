@@ -90,6 +90,10 @@ class Config:
     """Implicit guide: width of the noise."""
     gaussian_base: bool = True
     """Implicit guide: whether the sampler deviates from a Gaussian, or is a network throughout."""
+    deviation_decay: float = 0.0
+    """Implicit guide: weight decay of the deviation's network, per unit of step size. The scale of
+    the deviation and that of the Gaussian make up for each other, and without a decay the one
+    drifts upwards with the lag of the score."""
     gain: float = 0.1
     """Implicit guide: factor on the deviation from the Gaussian, by whose square it learns slower
     than the rest."""
@@ -209,6 +213,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
             _MNIST,
             guide="implicit",
             steps=10_000,
+            deviation_decay=0.2,
             score_whitening="centered",
             num_score_samples=4,
             score_folds=1,

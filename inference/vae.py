@@ -73,13 +73,18 @@ class Training:
         self.vae = build_vae(config, data.mean)
         self.loss: ELBO = build_loss(config)
         decoder_rate = config.decoder_learning_rate or config.learning_rate
+        deviation = self.vae.head.deviation_parameters() if config.deviation_decay else []
+        decaying = {id(p) for p in deviation}
         rest = [*self.vae.trunk.parameters(), *self.vae.head.parameters()]
         groups = [
-            {"params": rest, "lr": config.learning_rate},
+            {"params": [p for p in rest if id(p) not in decaying], "lr": config.learning_rate},
             {"params": [*self.vae.decoder.parameters()], "lr": decoder_rate},
         ]
-        self.rates = [config.learning_rate, decoder_rate]
-        adam = torch.optim.Adam(groups, eps=config.adam_eps, fused=True)
+        if deviation:
+            decay = {"lr": config.learning_rate, "weight_decay": config.deviation_decay}
+            groups.append({"params": deviation, **decay})
+        self.rates = [group["lr"] for group in groups]
+        adam = torch.optim.AdamW(groups, eps=config.adam_eps, weight_decay=0.0, fused=True)
         self.optim = TorchOptim(self.vae, adam, clip_norm=config.clip_norm)
         self.svi = SVI(self.vae.model, self.vae.guide, self.optim, loss=self.loss)
         self.average = AveragedModel(self.vae, multi_avg_fn=self._average)

@@ -96,6 +96,11 @@ class ImplicitGuide(nn.Module):
             nn.init.zeros_(self.net.last.weight)
             nn.init.zeros_(self.net.last.bias)
 
+    def deviation_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the network that deviates from the Gaussian."""
+        modules = (self.from_features, self.from_noise, self.net)
+        return [p for module in modules for p in module.parameters()]
+
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         # What does not depend on the noise is computed here, once per data point, and bound to
         # the sampler: Implicit would hand it one copy of the features for each draw.
