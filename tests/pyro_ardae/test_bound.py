@@ -11,10 +11,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor
 
 from pyro_ardae import (
     ARDAE,
+    AutoImplicit,
     Implicit,
     TraceImplicit_ELBO,
     TraceImplicitEnum_ELBO,
@@ -23,6 +25,7 @@ from pyro_ardae import (
 )
 
 X = torch.tensor([0.5, -1.0])
+START = {"scale": torch.tensor(1.0), "z": torch.zeros(2)}
 FACTOR = torch.tensor([[0.7, 0.0], [0.5, 0.4]])
 
 
@@ -118,3 +121,26 @@ def test_errors() -> None:
         elbo_estimate(model, explicit, X, num_samples=1)
     with pytest.raises(ValueError, match="num_updates: expected at least 0, got -1"):
         elbo_estimate(model, explicit, X, num_updates=-1)
+
+
+def test_an_automatic_guide_before_training(standard_errors: Callable[[int], float]) -> None:
+    # Both are N(init, 0.1^2) on the reals, the one with a density and the other without.
+    def positive(x: Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    found = [
+        elbo_estimate(
+            positive,
+            guide(positive, init_loc_fn=init_to_value(values=START), init_scale=0.1),
+            X,
+            num_samples=400,
+            num_updates=5,
+        )
+        for guide in (AutoNormal, AutoImplicit)
+    ]
+    slack = standard_errors(1) * math.hypot(found[0].error, found[1].error)
+    assert abs(found[0].value - found[1].value) < slack + 0.1
+    assert [len(estimate.implicit_sites) for estimate in found] == [0, 1]
