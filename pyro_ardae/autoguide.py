@@ -161,11 +161,13 @@ class AutoImplicit(AutoGuide):
                 "AutoImplicit was copied or unpickled before its first call, and its model is not "
                 "part of the copy. Call the guide once, with the model's arguments, before."
             )
-        super()._setup_prototype(*args, **kwargs)
         try:
+            super()._setup_prototype(*args, **kwargs)
             self._build(*args, **kwargs)
-        except Exception:
+        except Exception as error:
             self.prototype_trace = None  # half a guide must not be taken for a whole one
+            if isinstance(error, ZeroDivisionError):
+                raise ValueError("AutoImplicit: a plate is empty; expected data.") from error
             raise
 
     def _build(self, *args: Any, **kwargs: Any) -> None:

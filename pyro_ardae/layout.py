@@ -23,6 +23,10 @@ from torch.distributions import biject_to, register_kl
 __all__ = ["Group", "check_structure", "find_groups", "point_mass", "unconstrain"]
 
 
+#: Runs of the model, on values drawn from the prior, by which a varying structure is found out.
+_NUM_RUNS = 4
+
+
 @dataclass
 class _Slot:
     """One site: its batch sizes outside of the group's plates, and its event on the reals."""
@@ -179,12 +183,6 @@ def _kl_point_mass(p: Any, q: Any) -> Tensor:
     return result
 
 
-def _latents(trace: Any) -> dict[str, Any]:
-    return {
-        name: site for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)
-    }
-
-
 def check_structure(prototype: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[set[str], int]:
     """Run the model some more times on values drawn from the prior, and compare.
 
@@ -204,34 +202,43 @@ def check_structure(prototype: Any, model: Any, *args: Any, **kwargs: Any) -> tu
         device = site["value"].device
     if not expected:
         raise RuntimeError("AutoImplicit found no latent variables; use an empty guide instead.")
-    recorder, nesting = _SubsampleMessenger(), 0
-    trace, devices = prototype, [device] if device.type == "cuda" else []
-    for _ in range(3):
-        frames = [
-            f for s in trace.nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"]
-        ]
-        for frame in frames:
-            if frame.size == 0 or frame.full_size == 0:
-                raise ValueError(f"AutoImplicit: plate '{frame.name}' is empty; expected data.")
-            nesting = max(nesting, -frame.dim if frame.vectorized else 0)
-        try:
-            with torch.random.fork_rng(devices), torch.no_grad(), poutine.block():
+    recorder, nesting, trace = _SubsampleMessenger(), 0, prototype
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), poutine.block():
+        for _ in range(_NUM_RUNS):
+            try:
                 trace = poutine.trace(recorder(model)).get_trace(*args, **kwargs)
-        except (ValueError, RuntimeError):
-            continue  # a draw far from the data is no fault of the model
-        found = {name: tuple(site["value"].shape) for name, site in _latents(trace).items()}
-        if found != expected:
-            differing = sorted(
-                name
-                for name in found.keys() | expected.keys()
-                if found.get(name) != expected.get(name)
-            )
-            raise ValueError(
-                "AutoImplicit: expected the same latents in every run of the model, but "
-                f"{differing} came with another shape, or not at all, in one of them. Fix the "
-                "structure, for instance by masking, or write the guide by hand."
-            )
+            except (ValueError, RuntimeError):
+                continue  # a draw far from the data is no fault of the model
+            nesting = max(nesting, _check_run(trace, expected))
     return recorder.explicit, nesting
+
+
+def _check_run(trace: Any, expected: Mapping[str, tuple[int, ...]]) -> int:
+    """Compare one run with the shapes of the prototype.
+
+    :returns: its number of batch dimensions.
+    """
+    nesting, found = 0, {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        for frame in site["cond_indep_stack"]:
+            nesting = max(nesting, -frame.dim if frame.vectorized else 0)
+        if not site["is_observed"]:
+            found[name] = tuple(site["value"].shape)
+        elif site["mask"] is None and bool(torch.isnan(torch.as_tensor(site["value"])).any()):
+            raise ValueError(
+                f"AutoImplicit: the data of site '{name}' have NaN; mask or drop them."
+            )
+    if found != expected:
+        names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+        raise ValueError(
+            "AutoImplicit: expected the same latents in every run of the model, but "
+            f"{names} came with another shape, or not at all, in one of them. Fix the "
+            "structure, for instance by masking, or write the guide by hand."
+        )
+    return nesting
 
 
 def find_groups(
