@@ -21,10 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box
 
 from inference.errors import UserError
 from inference.replay import Batch, Replay
@@ -58,14 +56,6 @@ class Sac:
     """Write the figures to this file too."""
 
 
-class _Shapes(gymnasium.Env[Any, Any]):
-    """Spaces of HalfCheetah, without MuJoCo: nothing is stepped."""
-
-    def __init__(self) -> None:
-        self.observation_space = Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
-        self.action_space = Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
-
-
 def _transitions(count: int) -> Batch:
     return Batch(
         torch.randn(count, OBS_DIM),
@@ -87,16 +77,24 @@ def _build(name: AgentName, options: Sac) -> Callable[[], Any]:
 
 def _build_sb3(options: Sac) -> Callable[[], Any]:
     try:
+        import gymnasium
         from stable_baselines3 import SAC
         from stable_baselines3.common.logger import configure
     except ModuleNotFoundError as error:
         raise UserError(
             f"bench sac: expected stable-baselines3 to be installed, found: {error}; "
-            'pip install "pyro-ardae[bench]"'
+            'pip install "pyro-ardae[rl,bench]"'
         ) from None
+
+    class Shapes(gymnasium.Env[Any, Any]):
+        """Spaces of HalfCheetah, without MuJoCo: nothing is stepped."""
+
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
+        action_space = gymnasium.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+
     model = SAC(
         "MlpPolicy",
-        _Shapes(),
+        Shapes(),
         batch_size=options.batch_size,
         buffer_size=TRANSITIONS,
         seed=options.seed,

@@ -163,7 +163,7 @@ def train(training: Training, folder: RunFolder) -> None:
     started = time.perf_counter() - training.seconds
     metrics: list[dict[str, Tensor]] = []
     returns: list[float] = []
-    logged, rows = (training.steps_done, training.seconds), 0
+    logged = training.steps_done, training.seconds
     progress = tqdm(total=config.steps, initial=training.steps_done, unit="step", mininterval=1.0)
     with progress:
         while training.steps_done < config.steps:
@@ -188,7 +188,7 @@ def train(training: Training, folder: RunFolder) -> None:
                 training.seconds = time.perf_counter() - started
                 folder.log(row | {"train_episodes": len(returns), "seconds": training.seconds})
                 metrics, returns = [], []
-                logged, rows = (training.steps_done, training.seconds), rows + 1
+                logged = training.steps_done, training.seconds
                 value = row["eval_return"]
                 progress.set_postfix(eval_return=f"{value:.1f}")
                 progress.write(

@@ -58,8 +58,11 @@ class Agent:
         self.actor_optimizer = torch.optim.Adam(self.actor_parameters, actor_rate, fused=True)
         if isinstance(critic, torch.nn.Module):
             self.target_critic = copy.deepcopy(critic).requires_grad_(False)
-            self.critic_optimizer = torch.optim.Adam(critic.parameters(), rate, fused=True)
-            self.alpha_optimizer = torch.optim.Adam([self.log_alpha], rate)
+            # Collecting parameters takes a while; an update is a few milliseconds.
+            self.critic_parameters = list(critic.parameters())
+            self.target_parameters = list(self.target_critic.parameters())
+            self.critic_optimizer = torch.optim.Adam(self.critic_parameters, rate, fused=True)
+            self.alpha_optimizer = torch.optim.Adam([self.log_alpha], rate, fused=True)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update of score, critics, policy and temperature; returns scalars, detached."""
@@ -88,9 +91,7 @@ class Agent:
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(
-                [*self.target_critic.parameters()], [*self.critic.parameters()], config.tau
-            )
+            torch._foreach_lerp_(self.target_parameters, self.critic_parameters, config.tau)
         return {"critic_loss": loss.detach(), "q": q.detach().mean(), "log_pi": mean}
 
     def update_actor(self, obs: Tensor, draws: Tensor | None) -> dict[str, Tensor]:
