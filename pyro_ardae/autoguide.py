@@ -20,15 +20,16 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyro_ardae.layout import Group, check_structure, find_groups, point_mass, unconstrain
+from pyro_ardae.layout import Group, find_groups, point_mass
 from pyro_ardae.posterior import RowPosterior
+from pyro_ardae.prototype import check_structure, unconstrain
 
 __all__ = ["AutoImplicit"]
 
 Encoder = Callable[..., Tensor]
 
-#: Elements of draws that one pass of the network makes at most, and a table of quantiles holds.
-_CHUNK, _TABLE = 2**22, 2**25
+#: Numbers that a table of draws for quantiles holds at most.
+_TABLE = 2**25
 
 
 class AutoImplicit(AutoGuide):
@@ -61,8 +62,7 @@ class AutoImplicit(AutoGuide):
     :param model: a Pyro model whose latents are continuous and whose structure is fixed.
     :param init_loc_fn: per-site initialization, as in Pyro's automatic guides.
     :param init_scale: standard deviation of every latent on the reals before training, > 0.
-    :param noise_dim: noise of each draw besides as many dimensions as the latents have, >= 0;
-        by default 8.
+    :param extra_noise: dimensions of noise, >= 0, besides as many as the latents have.
     :param hidden_dims: widths of the hidden layers of each network.
     :param gain: see :class:`~pyro_ardae.sampler.ResidualSampler`, also for ``input_scale``.
     :param input_scale: scale of the noise where it enters the network.
@@ -93,7 +93,7 @@ class AutoImplicit(AutoGuide):
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
-        noise_dim: int | None = None,
+        extra_noise: int = 8,
         hidden_dims: Sequence[int] = (64, 64),
         gain: float = 0.1,
         input_scale: float = 1.0,
@@ -107,8 +107,8 @@ class AutoImplicit(AutoGuide):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}.")
         if not init_scale > 0:
             raise ValueError(f"init_scale: expected a number > 0, got {init_scale}.")
-        if noise_dim is not None and noise_dim < 0:
-            raise ValueError(f"noise_dim: expected an integer >= 0, got {noise_dim}.")
+        if extra_noise < 0:
+            raise ValueError(f"extra_noise: expected an integer >= 0, got {extra_noise}.")
         if embedding_dim < 1:
             raise ValueError(f"embedding_dim: expected an integer >= 1, got {embedding_dim}.")
         if num_quantile_draws < 2:
@@ -119,7 +119,7 @@ class AutoImplicit(AutoGuide):
         self._plain = (model,)  # in a tuple, since it is no submodule of the guide
         self.init_loc_fn = init_loc_fn
         self.init_scale = float(init_scale)
-        self.noise_dim = 8 if noise_dim is None else noise_dim
+        self.extra_noise = extra_noise
         self.hidden_dims = tuple(hidden_dims)
         self.gain, self.input_scale = gain, input_scale
         self.embedding_dim = embedding_dim
@@ -212,7 +212,7 @@ class AutoImplicit(AutoGuide):
                 condition_dim=self.latent_dim if group.plates else 0,
                 embedding_dim=self.embedding_dim if group.plates else 0,
                 feature_dim=feature_dim,
-                extra_noise=self.noise_dim,
+                extra_noise=self.extra_noise,
                 hidden_dims=self.hidden_dims,
                 gain=self.gain,
                 input_scale=self.input_scale,
@@ -390,15 +390,9 @@ class AutoImplicit(AutoGuide):
             rows = part.describe(self._features(group, args, kwargs) if encoded else None)
             rows = rows.reshape(1, *[1] * (depth - group.nesting), *rows.shape)
             eps = noise((num, *rows.shape[1:-1], part.noise_dim), rows)
-            size = max(1, _CHUNK // max(1, eps[0].numel()))
-            ys, zs = [], []
-            for at in range(0, num, size):
-                given = None if u is None else u[at : at + size]
-                y = part.implicit(rows, given).sampler(eps[at : at + size])
-                ys.append(y)
-                zs.append(part.transport(y, rows, given)[0])
-            u = u if group.plates else torch.cat(ys)
-            result.update(group.unpack(torch.cat(zs), particles=num))
+            y, z = part.draw(eps, rows, u)
+            u = u if group.plates else y
+            result.update(group.unpack(z, particles=num))
         return result
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

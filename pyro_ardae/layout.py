@@ -15,16 +15,12 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import sum_rightmost
 from pyro.ops.tensor_utils import periodic_repeat
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, register_kl
 
-__all__ = ["Group", "check_structure", "find_groups", "point_mass", "unconstrain"]
+from pyro_ardae.prototype import unconstrain
 
-
-#: Runs of the model, on values drawn from the prior, by which a varying structure is found out.
-_NUM_RUNS = 4
+__all__ = ["Group", "find_groups", "point_mass"]
 
 
 @dataclass
@@ -131,32 +127,6 @@ class Group:
         return result
 
 
-class _SubsampleMessenger(Messenger):
-    """Records the plates whose subsample is handed to them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.explicit: set[str] = set()
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if site_is_subsample(msg) and msg["value"] is not None:
-            self.explicit.add(msg["name"])
-
-
-def unconstrain(site: Mapping[str, Any]) -> Tensor:
-    """Value of a site on the reals.
-
-    :raises ValueError: if it is not finite.
-    """
-    value: Tensor = biject_to(site["fn"].support).inv(site["value"].detach())
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(
-            f"init_loc_fn: expected a value inside the support of site '{site['name']}', got "
-            "one that is not finite on the reals. Check it, and the data for NaN."
-        )
-    return value
-
-
 def point_mass(prior: Any, unconstrained: Tensor, log_det: Tensor) -> dist.Delta:
     """A latent's value with the Jacobians of its two maps, noise to reals to support, as density.
 
@@ -181,64 +151,6 @@ class _PointMass(dist.Delta):
 def _kl_point_mass(p: Any, q: Any) -> Tensor:
     result: Tensor = p.log_density - q.log_prob(p.v)
     return result
-
-
-def check_structure(prototype: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[set[str], int]:
-    """Run the model some more times on values drawn from the prior, and compare.
-
-    :returns: names of the plates whose subsample the caller determines, and the number of batch
-        dimensions that plates take, observed sites included.
-    :raises ValueError: for no latents, discrete ones, empty plates, or a structure that varies.
-    """
-    expected = {}
-    for name, site in prototype.iter_stochastic_nodes():
-        if site["fn"].support.is_discrete:
-            raise ValueError(
-                f"AutoImplicit: site '{name}' is discrete. Sum it out: hide it from the guide by "
-                f"AutoImplicit(poutine.block(model, hide=['{name}'])) and train with "
-                "TraceImplicitEnum_ELBO, the model under config_enumerate."
-            )
-        expected[name] = tuple(site["value"].shape)
-        device = site["value"].device
-    if not expected:
-        raise RuntimeError("AutoImplicit found no latent variables; use an empty guide instead.")
-    recorder, nesting, trace = _SubsampleMessenger(), 0, prototype
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), poutine.block():
-        for _ in range(_NUM_RUNS):
-            try:
-                trace = poutine.trace(recorder(model)).get_trace(*args, **kwargs)
-            except (ValueError, RuntimeError):
-                continue  # a draw far from the data is no fault of the model
-            nesting = max(nesting, _check_run(trace, expected))
-    return recorder.explicit, nesting
-
-
-def _check_run(trace: Any, expected: Mapping[str, tuple[int, ...]]) -> int:
-    """Compare one run with the shapes of the prototype.
-
-    :returns: its number of batch dimensions.
-    """
-    nesting, found = 0, {}
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        for frame in site["cond_indep_stack"]:
-            nesting = max(nesting, -frame.dim if frame.vectorized else 0)
-        if not site["is_observed"]:
-            found[name] = tuple(site["value"].shape)
-        elif site["mask"] is None and bool(torch.isnan(torch.as_tensor(site["value"])).any()):
-            raise ValueError(
-                f"AutoImplicit: the data of site '{name}' have NaN; mask or drop them."
-            )
-    if found != expected:
-        names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-        raise ValueError(
-            "AutoImplicit: expected the same latents in every run of the model, but "
-            f"{names} came with another shape, or not at all, in one of them. Fix the "
-            "structure, for instance by masking, or write the guide by hand."
-        )
-    return nesting
 
 
 def find_groups(

@@ -22,6 +22,9 @@ from pyro_ardae.sampler import ResidualSampler, TriangularMap
 
 __all__ = ["RowPosterior"]
 
+#: Numbers of noise that one pass of the networks takes at most, when many draws are made.
+_CHUNK = 2**22
+
 
 class RowPosterior(PyroModule):
     r"""Posterior of D latents on the reals, for every row of some plates.
@@ -131,3 +134,19 @@ class RowPosterior(PyroModule):
         loc = self.init_loc.detach() + log_scale.exp() * rate * loc
         z, log_det = self.map(y, loc, log_scale, u, embedding)
         return z, log_det
+
+    def draw(
+        self,
+        noise: Float[Tensor, "S *batch noise"],
+        rows: Float[Tensor, "*batch K"],
+        u: Float[Tensor, "S *batch C"] | None,
+    ) -> tuple[Float[Tensor, "S *batch D"], Float[Tensor, "S *batch D"]]:
+        """Many draws of y and z, in chunks that bound the memory."""
+        size = max(1, _CHUNK // max(1, noise[0].numel()))
+        ys, zs = [], []
+        for start in range(0, len(noise), size):
+            at = slice(start, start + size)
+            given = None if u is None else u[at]
+            ys.append(self.implicit(rows, given).sampler(noise[at]))
+            zs.append(self.transport(ys[-1], rows, given)[0])
+        return torch.cat(ys), torch.cat(zs)

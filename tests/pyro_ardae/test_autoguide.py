@@ -579,7 +579,7 @@ def test_draws_are_chunked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     fit(model, guide, steps=5)
     draws = []
     for chunk in (2**22, 1):
-        monkeypatch.setattr("pyro_ardae.autoguide._CHUNK", chunk)
+        monkeypatch.setattr("pyro_ardae.posterior._CHUNK", chunk)
         pyro.set_rng_seed(4)
         draws.append(guide.sample_posterior(20))
     for name, value in draws[0].items():

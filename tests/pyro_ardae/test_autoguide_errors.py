@@ -105,7 +105,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # arguments
     "model": (lambda: AutoImplicit(3), TypeError, "model: expected a callable, got int"),
     "init_scale": (auto(normal, init_scale=0.0), ValueError, "init_scale.*> 0, got 0.0"),
-    "noise_dim": (auto(normal, noise_dim=-1), ValueError, "noise_dim.*>= 0, got -1"),
+    "extra_noise": (auto(normal, extra_noise=-1), ValueError, "extra_noise.*>= 0, got -1"),
     "embedding_dim": (auto(normal, embedding_dim=0), ValueError, "embedding_dim.*>= 1, got 0"),
     "hidden_dims": (auto(normal, hidden_dims=()), ValueError, "at least one hidden layer"),
     "gain": (auto(normal, gain=-1.0), ValueError, "gain > 0.*got -1.0"),

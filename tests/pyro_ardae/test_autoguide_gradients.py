@@ -71,7 +71,7 @@ def make_guide(encoder: Any = None) -> AutoImplicit:
         model,
         local_plates=["data"],
         encoder=encoder,
-        noise_dim=1,
+        extra_noise=1,
         hidden_dims=(3,),
         embedding_dim=2,
     )

@@ -16,7 +16,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to, kl_divergence
 
-from pyro_ardae.layout import Group, find_groups, point_mass, unconstrain
+from pyro_ardae.layout import Group, find_groups, point_mass
+from pyro_ardae.prototype import unconstrain
 
 N, B, M, T = 7, 4, 5, 3
 
