@@ -295,7 +295,6 @@ def build_loss(config: Config) -> ELBO:
         num_folds=config.score_folds,
         num_steps=config.score_steps,
         whitening=config.score_whitening,
-        autocast=config.compute_dtype is not None,
     )
     return TraceImplicit_ELBO(
         estimator,

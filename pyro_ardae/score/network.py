@@ -105,13 +105,13 @@ class _Modulated:
         d_first, d_first_bias, d_second, d_second_bias, d_last = grads[
             self.depth + 1 : self.depth + 6
         ]
-        _product(h.mT, d_films, d_last)
+        torch.mm(h.mT, d_films, out=d_last)
         d_h = d_films @ last.mT
         d_b = torch.ops.aten.silu_backward(d_h if d_encoded is None else d_h.add_(d_encoded), b)
-        _product(g.mT, d_b, d_second)
+        torch.mm(g.mT, d_b, out=d_second)
         d_second_bias.copy_(d_b.sum(0))
         d_a = torch.ops.aten.silu_backward(d_b @ second.mT, a)
-        _product(features.mT, d_a, d_first)
+        torch.mm(features.mT, d_a, out=d_first)
         d_first_bias.copy_(d_a.sum(0))
 
     @staticmethod
@@ -138,17 +138,12 @@ class ResidualNetwork(_Modulated):
         w: Tensor,
         sigma: Tensor,
         features: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """``w [n, B, D]``, ``sigma [n, B, 1]``, ``features [B, K]`` to ``[n, B, D]``.
-
-        :param dtype: that of the hidden layers; the weights' own by default.
-        """
-        parts = self.split(flat if dtype is None else flat.to(dtype))
-        films, _ = self.encode(parts, features.to(parts[0].dtype))
+        """``w [n, B, D]``, ``sigma [n, B, 1]``, ``features [B, K]`` to ``[n, B, D]``."""
+        parts = self.split(flat)
+        films, _ = self.encode(parts, features)
         h, _ = self._hidden(parts, self.inputs(w, sigma), films)
-        gate = torch.addmm(parts[-1], h, parts[-2]).to(w.dtype).view(*w.shape[:-1], -1)
+        gate = torch.addmm(parts[-1], h, parts[-2]).view(*w.shape[:-1], -1)
         return torch.addcmul(gate[..., : self.dim], gate[..., self.dim :], w)
 
     def loss(
@@ -159,14 +154,12 @@ class ResidualNetwork(_Modulated):
         features: Tensor,
         target: Tensor,
         weight: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean square of ``target + weight * field``, and its gradient by the flat weights."""
-        parts = self.split(flat if dtype is None else flat.to(dtype))
-        films, encoded = self.encode(parts, features.to(parts[0].dtype))
+        parts = self.split(flat)
+        films, encoded = self.encode(parts, features)
         h, saved = self._hidden(parts, self.inputs(w, sigma), films)
-        gate = torch.addmm(parts[-1], h, parts[-2]).to(w.dtype)
+        gate = torch.addmm(parts[-1], h, parts[-2])
         value, weight = w.reshape(-1, self.dim), weight.expand(*w.shape[:-1], 1).reshape(-1, 1)
         field = torch.addcmul(gate[:, : self.dim], gate[:, self.dim :], value)
         error = torch.addcmul(target.reshape(-1, self.dim), weight, field)
@@ -178,8 +171,7 @@ class ResidualNetwork(_Modulated):
         torch.mul(error, weight * (2.0 / error.numel()), out=d_gate[:, : self.dim])
         torch.mul(d_gate[:, : self.dim], value, out=d_gate[:, self.dim :])
         torch.sum(d_gate, 0, out=grads[-1])
-        d_gate = d_gate.to(h.dtype)
-        _product(h.mT, d_gate, grads[-2])
+        torch.mm(h.mT, d_gate, out=grads[-2])
         d_hidden = d_gate @ parts[-2].mT
         d_films = torch.empty_like(films)
         for i in reversed(range(self.depth)):
@@ -190,7 +182,7 @@ class ResidualNetwork(_Modulated):
             d_films[:, i, 0] = product.mul_(d_argument).sum(0).sum_to_size(scale.shape)
             d_films[:, i, 1] = d_argument.sum(0).sum_to_size(scale.shape)
             d_product = d_argument.mul_(scale).flatten(0, 1)
-            _product(below.mT, d_product, grads[i])
+            torch.mm(below.mT, d_product, out=grads[i])
             if i:
                 d_hidden.addmm_(d_product, parts[i].mT)
         self._encoder_gradient(parts, grads, encoded, d_films.flatten(1))
@@ -200,7 +192,7 @@ class ResidualNetwork(_Modulated):
         self, parts: list[Tensor], x: Tensor, films: Tensor
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]]:
         """Last hidden layer ``[n B, hidden]``; by layer input, product, sigmoid, SiLU and scale."""
-        h = x.view(-1, x.shape[-1]).to(parts[0].dtype)
+        h = x.view(-1, x.shape[-1])
         saved = []
         for i in range(self.depth):
             scale = 1 + films[:, i, 0]
@@ -231,22 +223,17 @@ class EnergyNetwork(_Modulated):
         w: Tensor,
         sigma: Tensor,
         features: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """``w [n, B, D]``, ``sigma [n, B, 1]``, ``features [B, K]`` to ``[n, B]``."""
         parts = self.split(flat)
-        with torch.autocast(w.device.type, dtype, enabled=dtype is not None):
-            films, encoded = self.encode(parts, features)
-            h = self.inputs(w, sigma)
-            for i in range(self.depth):
-                g = F.silu(torch.addcmul(films[:, i, 1], h @ parts[i], 1 + films[:, i, 0]))
-                h = h + g if i else g
-            quadratic = encoded[-1] @ parts[-1] if encoded else parts[-1]
-            linear = h @ parts[-2]
-        a, b = quadratic.to(w.dtype).chunk(2, -1)
-        bowl = (w * torch.addcmul(a, b, w)).sum(-1)
-        return linear.to(w.dtype).squeeze(-1) + bowl
+        films, encoded = self.encode(parts, features)
+        h = self.inputs(w, sigma)
+        for i in range(self.depth):
+            g = F.silu(torch.addcmul(films[:, i, 1], h @ parts[i], 1 + films[:, i, 0]))
+            h = h + g if i else g
+        quadratic = encoded[-1] @ parts[-1] if encoded else parts[-1]
+        a, b = quadratic.chunk(2, -1)
+        return (h @ parts[-2]).squeeze(-1) + (w * torch.addcmul(a, b, w)).sum(-1)
 
     def field(
         self,
@@ -254,13 +241,11 @@ class EnergyNetwork(_Modulated):
         w: Tensor,
         sigma: Tensor,
         features: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """``[n, B, D]``: minus the gradient of the energy by w."""
         with torch.enable_grad():
             w = w.detach().requires_grad_()
-            energy = self.energy(flat.detach(), w, sigma, features, dtype=dtype).sum()
+            energy = self.energy(flat.detach(), w, sigma, features).sum()
             (gradient,) = torch.autograd.grad(energy, w)
         return -gradient
 
@@ -272,14 +257,12 @@ class EnergyNetwork(_Modulated):
         features: Tensor,
         target: Tensor,
         weight: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean square of ``target + weight * field``, and its gradient by the flat weights."""
-        parts = self.split(flat if dtype is None else flat.to(dtype))
-        films, encoded = self.encode(parts, features.to(parts[0].dtype))
+        parts = self.split(flat)
+        films, encoded = self.encode(parts, features)
         v, quadratic = parts[-2:]
-        h = x = self.inputs(w, sigma).flatten(0, 1).to(parts[0].dtype)
+        h = x = self.inputs(w, sigma).flatten(0, 1)
         saved = []
         for i in range(self.depth):
             scale = 1 + films[:, i, 0]
@@ -302,7 +285,7 @@ class EnergyNetwork(_Modulated):
             below = (of_product @ parts[i].mT).view(*w.shape[:-1], -1)
             of_h = of_h + below if i else below
         adjoints.reverse()
-        bowl = (encoded[-1] @ quadratic if encoded else quadratic).to(w.dtype)
+        bowl = encoded[-1] @ quadratic if encoded else quadratic
         a, b = bowl.chunk(2, -1)
         slope_w = torch.addcmul(a, b, w, value=2).add_(of_h[..., : self.dim])
         error = torch.addcmul(target, weight, slope_w, value=-1)
@@ -338,24 +321,16 @@ class EnergyNetwork(_Modulated):
             d_films[:, i, 0] = along.sum(0).sum_to_size(scale.shape)
             d_films[:, i, 1] = d_argument.sum(0).sum_to_size(scale.shape)
             d_product = d_argument.mul_(scale).flatten(0, 1)
-            _product(below.mT, d_product, grads[i])
+            torch.mm(below.mT, d_product, out=grads[i])
             grads[i].add_(moved.mT @ of_product)
             if i:
                 up = (d_product @ parts[i].mT).view_as(slope)
                 d_h = up if d_h is None else d_h.add_(up)
-        d_bowl = torch.cat([tangent_w.sum(0), (2 * w * tangent_w).sum(0)], -1).to(quadratic.dtype)
+        d_bowl = torch.cat([tangent_w.sum(0), (2 * w * tangent_w).sum(0)], -1)
         if encoded:
-            _product(encoded[-1].mT, d_bowl, grads[-1])
+            torch.mm(encoded[-1].mT, d_bowl, out=grads[-1])
             self._encoder_gradient(parts, grads, encoded, d_films.flatten(1), d_bowl @ quadratic.mT)
         else:
             grads[-1].copy_(d_bowl.sum(0, keepdim=True))
             self._encoder_gradient(parts, grads, encoded, d_films.flatten(1))
         return loss, grad
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write a product where it belongs, whatever the dtype of its factors."""
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left @ right)

@@ -100,7 +100,6 @@ class SlicedScore(WhitenedEstimator):
             weight_decay=weight_decay,
             min_age=min_age,
             max_age=max_age,
-            autocast=False,
         )
         self.projection = projection
 

@@ -53,7 +53,6 @@ class WhitenedEstimator(TrainedEstimator):
     :param weight_decay: decoupled.
     :param min_age: lower bound of the age once as many steps are done.
     :param max_age: upper bound of the age.
-    :param autocast: bfloat16 in the hidden layers.
     :raises ValueError: for a parameter out of range.
     """
 
@@ -78,7 +77,6 @@ class WhitenedEstimator(TrainedEstimator):
         weight_decay: float,
         min_age: int,
         max_age: int,
-        autocast: bool,
     ) -> None:
         super().__init__(dim, context_dim)
         # Pooled moments are those of earlier draws: no fold has to be held out for them.
@@ -94,7 +92,6 @@ class WhitenedEstimator(TrainedEstimator):
         self.min_age, self.max_age = min_age, max_age
         self.learning_rate, self.warm_up, self.clip = learning_rate, warm_up, clip
         self.weight_decay = weight_decay
-        self.hidden_dtype = torch.bfloat16 if autocast else None
         self.age = 0.0
         self.slow_wins = True
         self.whitening = Whitening(dim, context_dim, mode=whitening)
@@ -253,7 +250,7 @@ class WhitenedEstimator(TrainedEstimator):
         """
         frame, w, features = self._query(value, samples, context, center)
         level = w.new_full((*w.shape[:-1], 1), sigma)
-        r = self.network.field(self.averaged, w, level, features, dtype=self.hidden_dtype)
+        r = self.network.field(self.averaged, w, level, features)
         return frame.pull_back(r + frame.base.score(w, sigma**2)).reshape(value.shape)
 
     def _less(self, z: Tensor, center: Tensor | None) -> Tensor:

@@ -74,8 +74,8 @@ def test_field_is_zero_at_first(network: Any, features: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_antithetic_loss_is_the_plain_definition_on_given_noise(float64: None, kind: Any) -> None:
-    """Mean over +u and -u of |u + sigma f(w + sigma u; sigma)|^2, with the Gaussian part in f, in
-    units of delta^2."""
+    """Mean over +u and -u of |u / sigma + f(w + sigma u; sigma)|^2 - |u / sigma|^2, with the
+    Gaussian part in f."""
     estimator = ARDAE(3, 4, parametrization=kind, hidden_dim=6, depth=2).double()
     estimator.weights += 0.3 * torch.randn_like(estimator.weights)
     features = torch.randn(5, estimator.network.feature_dim)
@@ -83,15 +83,16 @@ def test_antithetic_loss_is_the_plain_definition_on_given_noise(float64: None, k
     state = torch.get_rng_state()
     loss, _ = estimator._loss(w, features, base)
     torch.set_rng_state(state)
-    sigma, u = estimator.delta * torch.randn(7, 5, 1), torch.randn(7, 5, 3)
+    sigma = estimator.delta * (0.02 + 0.98 * torch.rand(7, 5, 1))
+    u = torch.randn(7, 5, 3)
     terms = []
     for sign in (1, -1):
         x = w + sigma * sign * u
         r = estimator.network.field(estimator.weights, x, sigma, features)
         f = -x * (1 + 1 / 9) / (1.3 + sigma**2 + x**2 / 9) + r
-        terms.append((sign * u + sigma * f).square().mean())
-    expected = torch.stack(terms).mean() / estimator.delta**2
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        terms.append((sign * u / sigma + f).square().mean() - (u / sigma).square().mean())
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
 
 
 # ---- known scores --------------------------------------------------------------------------------
@@ -205,24 +206,7 @@ def test_residual_has_no_density() -> None:
         estimator.log_prob(z[:1], z)
 
 
-# ---- precision and device ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast_learns_the_same(kind: Any) -> None:
-    """bfloat16 has 8 bits: the scores agree to a few per cent."""
-    scores = []
-    value = torch.randn(200, 2)
-    for autocast in (False, True):
-        torch.manual_seed(0)
-        estimator = ARDAE(2, parametrization=kind, hidden_dim=16, depth=2, autocast=autocast)
-        for _ in range(30):
-            z = torch.randn(256, 2)
-            loss = estimator.update(z + 0.3 * z**2)
-        assert loss.dtype == torch.float32
-        scores.append(estimator(value, z))
-    assert scores[1].dtype == torch.float32
-    assert relative_error(scores[1], scores[0]) < 0.05**2
+# ---- device ------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

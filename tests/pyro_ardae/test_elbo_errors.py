@@ -169,7 +169,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "hidden_dim": (lambda: ARDAE(2, hidden_dim=0), ValueError, "hidden_dim >= 1, got 0"),
     "depth": (lambda: ARDAE(2, depth=0), ValueError, "depth >= 1, got 0"),
     "learning_rate": (lambda: ARDAE(2, learning_rate=0.0), ValueError, "learning_rate > 0"),
-    "whitening": (lambda: ARDAE(2, whitening="zca"), ValueError, "'pooled', 'full'.*'zca'"),
+    "whitening": (lambda: ARDAE(2, whitening="zca"), ValueError, "'pooled', 'centered'.*'zca'"),
     "parametrization": (
         lambda: ARDAE(2, parametrization="flow"),
         ValueError,

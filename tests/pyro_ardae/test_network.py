@@ -35,18 +35,3 @@ def test_gradient_of_the_loss(
     (expected,) = torch.autograd.grad(loss, flat)
     assert torch.allclose(value, loss.detach(), rtol=0, atol=1e-12)
     assert torch.allclose(gradient, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", [EnergyNetwork, ResidualNetwork])
-@pytest.mark.parametrize("feature_dim", [0, 4])
-def test_bfloat16_gradient_is_about_the_same(
-    kind: type[EnergyNetwork] | type[ResidualNetwork], feature_dim: int
-) -> None:
-    network = kind(3, feature_dim, 32, 2)
-    flat = network.initial() + 0.1 * torch.randn(network.size)
-    w, sigma, features = torch.randn(8, 50, 3), torch.randn(8, 50, 1), torch.randn(50, feature_dim)
-    target = torch.randn(8, 50, 3)
-    _, exact = network.loss(flat, w, sigma, features, target, sigma)
-    _, rounded = network.loss(flat, w, sigma, features, target, sigma, dtype=torch.bfloat16)
-    assert rounded.dtype == torch.float32
-    assert float((rounded - exact).norm()) < 0.02 * float(exact.norm())

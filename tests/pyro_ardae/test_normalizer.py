@@ -17,9 +17,7 @@ from pyro_ardae.score.network import EnergyNetwork
 def test_quasi_random_draws_err_less(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log Z of two modes, each 0.3 wide, at +-0.95 of every coordinate: exactly 0."""
 
-    def energy(
-        self: EnergyNetwork, flat: Tensor, w: Tensor, *arguments: Tensor, dtype: None
-    ) -> Tensor:
+    def energy(self: EnergyNetwork, flat: Tensor, w: Tensor, *arguments: Tensor) -> Tensor:
         modes = torch.stack([-0.5 * ((w - m) / 0.3).square() for m in (-0.95, 0.95)]).logsumexp(0)
         return -(modes - torch.tensor(0.6).log() + 0.5 * w.square()).sum(-1)
 
@@ -35,7 +33,7 @@ def test_quasi_random_draws_err_less(dim: int, monkeypatch: pytest.MonkeyPatch) 
             quasi_random=quasi_random,
         )
         value = torch.zeros(1, 2000, dim)
-        at_zero = float(-energy(None, None, value[:, :1], dtype=None))  # type: ignore[arg-type]
+        at_zero = float(-energy(None, None, value[:, :1]))  # type: ignore[arg-type]
         at_zero -= dim * 0.9189385
         found = estimator.log_prob(value, value, torch.randn(2000, 3))
         errors[quasi_random] = found[0] - at_zero
