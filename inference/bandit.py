@@ -73,11 +73,11 @@ class Options:
     """CPU threads of torch."""
     out: Path = Path("runs/bandit")
     """Folder of results.csv."""
-    alpha_start: float = 4.0
+    alpha_start: float = 2.0
     """Factor on the temperature at first, falling to 1 geometrically, ..."""
-    alpha_share: float = 0.9
+    alpha_share: float = 0.7
     """... over this share of the time. At the final temperature hardly a draw lies between modes,
-    and errors of the score there shift weights: 0.45 of 0.5 with 0.9, up to 1.0 with 0.4."""
+    and errors of the score there shift their weights."""
     decay_start: float = 0.5
     """Share of the time after which step sizes fall, along a cosine, to zero."""
     config: Config = dataclasses.field(

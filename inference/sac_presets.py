@@ -86,8 +86,8 @@ class Config:
     subtract_entropy_mean: bool = False
     """Whether the running mean of log π is subtracted from it in the target of the critics."""
 
-    noise_dim: int = 10
-    """sac-ardae: width of the actor's noise."""
+    noise_dim: int | None = None
+    """sac-ardae: width of the actor's noise; by default 10, or the action's width."""
     noise_hidden_dims: tuple[int, ...] = (64, 64)
     """sac-ardae: widths of the actor's layers that see the noise."""
     noise_scale: float = 1.0
@@ -112,7 +112,7 @@ class Config:
     """sac-ardae: hidden layers of the score network."""
     score_learning_rate: float = 4e-3
     """sac-ardae: step size of the score network."""
-    score_delta: float = 0.2
+    score_delta: float = 0.1
     """sac-ardae: scale of the noise by which the score is learned, in the policy's scales."""
     score_normalizer_draws: int = 16
     """sac-ardae: draws for the normalizing constant of log π."""
@@ -198,6 +198,7 @@ def check(config: Config) -> None:
         (config.actor_learning_rate > 0, "actor-learning-rate", "a positive number"),
         (config.alpha > 0, "alpha", "a positive temperature"),
         (config.alpha_start > 0, "alpha-start", "a positive factor"),
+        (config.noise_dim is None or config.noise_dim > 0, "noise-dim", "a positive number"),
         (config.score_steps > 0, "score-steps", "a positive number"),
         (config.score_draws >= config.score_steps, "score-draws", "--score-steps at least"),
     ):
@@ -221,11 +222,12 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
                 f"sac-nf: expected zuko to be installed, found: {error}; "
                 'pip install "pyro-ardae[flows]"'
             ) from None
+    noise_dim = max(10, action_dim) if config.noise_dim is None else config.noise_dim
     actor = ImplicitActor(
         obs_dim,
         action_dim,
         hidden_dims=config.hidden_dims,
-        noise_dim=config.noise_dim,
+        noise_dim=noise_dim,
         noise_hidden_dims=config.noise_hidden_dims,
         noise_scale=config.noise_scale,
         spread=config.spread,

@@ -85,20 +85,20 @@ def test_implicit_actor_by_hand() -> None:
     head = actor.head(actor.trunk(obs))
     hidden = torch.relu(head[:, 4:] + 2 * noise[..., :4] @ actor.of_noise.weight.mT)
     center, raw = actor.net.last(hidden).chunk(2, -1)
-    y = center + (torch.log1p(raw.exp()) + actor.min_scale) * noise[..., 4:]
+    y = noise[..., :2] + center + (torch.log1p(raw.exp()) + actor.min_scale) * noise[..., 4:]
     assert torch.allclose(actor(obs, noise), head[:, :2] + head[:, 2:4].exp() * y, atol=1e-12)
 
 
 def test_spread_before_training(standard_errors: Callable[[int], float]) -> None:
     z = ImplicitActor(3, 2, spread=0.6, min_scale=0.02).draw(torch.randn(1, 3), 10_000)
-    # The networks add some to the scale of 0.6 * 1.05.
+    # The networks add some to the scale of 0.6 * (1 + 0.3 ** 2) ** 0.5.
     assert 0.5 < float(z.detach().std()) < 1.2
     assert math.isfinite(float(z.detach().abs().max()))
 
 
-@pytest.mark.parametrize("options", [{"noise_dim": 0}, {"noise_hidden_dims": ()}])
+@pytest.mark.parametrize("options", [{"noise_dim": 1}, {"noise_hidden_dims": ()}])
 def test_bad_options(options: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="expected noise_dim >= 1 and one layer"):
+    with pytest.raises(ValueError, match="expected noise_dim >= action_dim = 2 and one layer"):
         ImplicitActor(3, 2, **options)  # type: ignore[arg-type]
 
 
