@@ -52,6 +52,7 @@ class Agent:
         self.log_alpha = torch.full((), math.log(config.alpha), device=config.device)
         self.log_alpha.requires_grad_(config.auto_alpha)
         self.entropy_mean = torch.zeros((), device=config.device)
+        self.force = torch.zeros((), device=config.device)
         self.updates = 0
         self.actor_parameters = list(policy.actor.parameters())
         rate, actor_rate = config.learning_rate, config.actor_learning_rate
@@ -102,13 +103,20 @@ class Agent:
         """
         z, log_pi, penalty = self.policy.rsample(obs, draws)
         q = self.critic(obs, z.tanh()).amin(0)
-        loss = (self.alpha * log_pi - q).mean() + penalty + self.jacobian_clamp(obs)
+        # What keeps a policy in range has to hold against the values, whatever their unit.
+        weight = self.force.clamp_min(1.0).clone()
+        loss = (self.alpha * log_pi - q).mean() + weight * penalty + self.jacobian_clamp(obs)
+        z.register_hook(self._feel)
         # The gradient by the critics' weights is neither needed nor computed.
         loss.backward(inputs=self.actor_parameters)
         self.actor_optimizer.step()
         self.actor_optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         return {"q_policy": q.detach().mean(), "max_z": z.detach().abs().max()}
+
+    def _feel(self, gradient: Tensor) -> None:
+        """Running mean of the magnitude of the loss's gradient by a coordinate of z."""
+        self.force.lerp_(gradient.abs().mean() * len(gradient), 0.02)
 
     def update_alpha(self, log_pi: Tensor) -> None:
         """One step of the temperature on the mean of log π, by its logarithm."""
@@ -148,6 +156,7 @@ class Agent:
             "alpha_optimizer": self.alpha_optimizer.state_dict(),
             "log_alpha": self.log_alpha.detach().clone(),
             "entropy_mean": self.entropy_mean.clone(),
+            "force": self.force.clone(),
             "updates": self.updates,
         }
 
@@ -161,4 +170,5 @@ class Agent:
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
             self.entropy_mean.copy_(state["entropy_mean"])
+            self.force.copy_(state["force"])
         self.updates = state["updates"]
