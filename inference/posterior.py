@@ -218,7 +218,12 @@ def _check(config: Config) -> None:
     for ok, option, expected, value in (
         (config.seconds > 0, "seconds", "a positive time", config.seconds),
         (config.steps > 0, "steps", "a positive number", config.steps),
-        (config.particles > 1, "particles", "at least 2", config.particles),
+        (
+            config.particles is None or config.particles > 1,
+            "particles",
+            "at least 2",
+            config.particles,
+        ),
         (0 < config.beta_start <= 1, "beta-start", "a value in (0, 1]", config.beta_start),
         (0 <= config.beta_share <= 1, "beta-share", "a share in [0, 1]", config.beta_share),
         (0 <= config.decay_start < 1, "decay-start", "a share in [0, 1)", config.decay_start),

@@ -43,8 +43,9 @@ class Config:
     the wall-clock of an idle core."""
     steps: int = 1_000_000
     """Training steps at most; the schedules run over whichever limit comes first."""
-    particles: int = 32
-    """Draws of the guide per step."""
+    particles: int | None = None
+    """Draws of the guide per step; the posterior's own number if left out: 256 in the plane, 32
+    elsewhere."""
     learning_rate: float = 1e-2
     """Step size of Adam for the normal, multivariate and implicit guides."""
     flow_learning_rate: float = 2e-3
@@ -154,7 +155,7 @@ class Training:
     def _loss(self) -> ELBO:
         config = self.config
         common: dict[str, Any] = {
-            "num_particles": config.particles,
+            "num_particles": config.particles or self.posterior.particles,
             "vectorize_particles": True,
             "max_plate_nesting": self.joint.max_plate_nesting,
         }
