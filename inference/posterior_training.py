@@ -123,8 +123,9 @@ class Training:
                 # The score has less and less to follow, too.
                 estimator.learning_rate = config.score_learning_rate * max(0.1, decay)
         self.objective(*self.posterior.args).backward()
-        torch.nn.utils.clip_grad_norm_(self.guide.parameters(), 100.0)
-        self.optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(self.guide.parameters(), 100.0)
+        if torch.isfinite(norm):  # a draw far out in a tail must not end the run
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
 

@@ -145,11 +145,14 @@ def volatility(returns: Tensor) -> None:
     days = len(returns)
     z = pyro.sample("z", dist.Normal(returns.new_zeros(days), 1.0).to_event(1))
     h = mu.unsqueeze(-1) + sigma.unsqueeze(-1) * (_ar1(phi, days) @ z.unsqueeze(-1)).squeeze(-1)
-    pyro.sample("returns", dist.Normal(0.0, (h / 2).exp()).to_event(1), obs=returns)
+    # A guide at its start may draw log-variances whose exponentials overflow.
+    scale = (h.clamp(-20.0, 20.0) / 2).exp()
+    pyro.sample("returns", dist.Normal(0.0, scale).to_event(1), obs=returns)
 
 
 def _ar1(phi: Tensor, days: int) -> Tensor:
     """The factor ``[*, days, days]`` that takes innovations to a stationary AR(1) of scale 1."""
+    phi = phi.clamp(1e-4, 1 - 1e-6)  # both ends round to values without a logarithm or a root
     day = torch.arange(days, device=phi.device)
     lag = (day[:, None] - day).clamp_min(0)
     powers = torch.exp(lag * phi.log()[..., None, None]).tril()
