@@ -95,7 +95,7 @@ class AutoImplicit(AutoGuide):
         init_scale: float = 0.1,
         extra_noise: int = 8,
         hidden_dims: Sequence[int] = (64, 64),
-        gain: float = 0.1,
+        gain: float = 0.4,
         input_scale: float = 1.0,
         encoder: Encoder | Mapping[str, Encoder] | None = None,
         embedding_dim: int = 4,
