@@ -76,9 +76,9 @@ class Config:
 
     beta_start: float = 0.1
     """Inverse temperature at the first step, in (0, 1]; it rises to 1 geometrically, ..."""
-    beta_share: float = 0.3
+    beta_share: float = 0.5
     """... over this share of the run."""
-    decay_start: float = 0.3
+    decay_start: float = 0.5
     """Share of the run after which step sizes fall, along a cosine, to zero."""
     average_decay: float = 0.99
     """Decay of the Polyak average of the guide, which is what is evaluated."""
@@ -117,6 +117,8 @@ class Config:
     """Implicit guide: scale of the noise by which the score is learned, in units of its input."""
     score_whitening: Literal["pooled", "diagonal", "none"] = "none"
     """Implicit guide: coordinates of the score network; "none" leaves the plane as it is."""
+    score_reference: bool = True
+    """Implicit guide: whether the score network learns the difference from the model's score."""
     score_weight_decay: float = 0.0
     """Implicit guide: weight decay of the score network."""
 
@@ -158,7 +160,7 @@ class Training:
     def __init__(self, config: Config, guide: Guide) -> None:
         self.config = config
         self.energy = ENERGIES[config.energy]
-        self.posterior, self.loss, self.rate = build(config, guide)
+        self.posterior, self.loss, self.rate = build(config, guide, self._target_score)
         adam = torch.optim.Adam(self.posterior.parameters(), self.rate, fused=True)
         self.optim = TorchOptim(self.posterior, adam)
         self.svi = SVI(self.energy.model, self._guide, self.optim, loss=self.loss)
@@ -212,12 +214,21 @@ class Training:
         for start in range(0, num_draws, batch_size):
             yield q(torch.Size((min(batch_size, num_draws - start),)))
 
+    def _target_score(self, z: Tensor) -> Tensor:
+        """The score of the density that the guide approaches at this step."""
+        with torch.enable_grad():
+            at = z.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.energy(at).sum(), at)
+        return -self.beta * slope
+
     def _guide(self, beta: float) -> None:
         pyro.module("posterior", self.posterior)
         pyro.sample("z", self.posterior())
 
 
-def build(config: Config, guide: Guide) -> tuple[nn.Module, ELBO, float]:
+def build(
+    config: Config, guide: Guide, target_score: Callable[[Tensor], Tensor]
+) -> tuple[nn.Module, ELBO, float]:
     """Builds a guide, its loss and its step size."""
     if guide == "implicit":
         posterior: nn.Module = ImplicitPosterior(
@@ -240,6 +251,7 @@ def build(config: Config, guide: Guide) -> tuple[nn.Module, ELBO, float]:
             delta=config.score_delta,
             whitening=config.score_whitening,
             weight_decay=config.score_weight_decay,
+            reference=target_score if config.score_reference else None,
         )
         loss: ELBO = TraceImplicit_ELBO(
             estimator,

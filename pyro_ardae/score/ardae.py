@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork
+from pyro_ardae.score.reference import Reference
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.whitened import WhitenedEstimator
 from pyro_ardae.score.whitening import Mode
@@ -69,6 +71,10 @@ class ARDAE(WhitenedEstimator):
         into a field that explodes between the draws of a long run.
     :param min_age: steps to which the memory of a moving q may shrink, >= 1.
     :param max_age: steps to which that of a fixed one may grow, >= ``min_age``.
+    :param reference: score of a density near q, ``[..., dim]`` to ``[..., dim]``, e.g. that of the
+        model whose posterior q approaches: the network learns the difference, see
+        :class:`~pyro_ardae.score.reference.Reference`. With ``whitening="none"`` and the residual
+        parametrization only.
     :param num_normalizer_samples: draws for the normalizing constant in :meth:`log_prob`.
     :param quasi_random: take a randomly shifted Sobol sequence for them. In a few dimensions the
         error falls nearly as one over their number, not as one over its root.
@@ -96,6 +102,7 @@ class ARDAE(WhitenedEstimator):
         weight_decay: float = 0.05,
         min_age: int = 100,
         max_age: int = 8000,
+        reference: Callable[[Tensor], Tensor] | None = None,
         num_normalizer_samples: int = 128,
         quasi_random: bool = False,
     ) -> None:
@@ -105,6 +112,11 @@ class ARDAE(WhitenedEstimator):
         if parametrization not in ("residual", "energy"):
             raise ValueError(
                 f"ARDAE: expected parametrization 'residual' or 'energy', got {parametrization!r}."
+            )
+        if reference is not None and (whitening, parametrization) != ("none", "residual"):
+            raise ValueError(
+                "ARDAE: expected whitening='none' and parametrization='residual' with a reference, "
+                f"got {whitening!r} and {parametrization!r}."
             )
         kind = EnergyNetwork if parametrization == "energy" else ResidualNetwork
         super().__init__(
@@ -121,10 +133,13 @@ class ARDAE(WhitenedEstimator):
             min_age=min_age,
             max_age=max_age,
         )
+        self.reference = None if reference is None else Reference(reference)
         self.parametrization, self.delta = parametrization, delta
         self.num_normalizer_samples, self.quasi_random = num_normalizer_samples, quasi_random
 
-    def _noised(self, w: Tensor, base: Student) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _noised(
+        self, w: Tensor, base: Student | Reference
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Antithetic pairs about w, their sigma, what is left for the network to cancel, and the
         noise's part of it.
         """
@@ -135,14 +150,16 @@ class ARDAE(WhitenedEstimator):
         sigma, noise = torch.cat([sigma, sigma]), torch.cat([noise, -noise])
         return x, sigma, base.score(x, sigma.square()) + noise, noise
 
-    def _loss(self, w: Tensor, features: Tensor, base: Student) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, w: Tensor, features: Tensor, base: Student | Reference
+    ) -> tuple[Tensor, Tensor]:
         """Denoising loss over sigma squared, less the noise's own square."""
         x, sigma, target, noise = self._noised(w, base)
         weight = torch.ones_like(sigma)
         loss, gradient = self.network.loss(self.weights, x, sigma, features, target, weight)
         return loss - noise.square().mean(), gradient
 
-    def _advantage(self, w: Tensor, features: Tensor, base: Student) -> Tensor:
+    def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:
         x, sigma, target, _ = self._noised(w, base)
         slow, fast = (self.network.field(a, x, sigma, features) for a in self.averages)
         # The difference of the squares of target + field.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_ardae.score.network import ResidualNetwork
+from pyro_ardae.score.reference import Reference
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.whitened import WhitenedEstimator
 from pyro_ardae.score.whitening import Mode
@@ -103,14 +104,16 @@ class SlicedScore(WhitenedEstimator):
         )
         self.projection = projection
 
-    def _loss(self, w: Tensor, features: Tensor, base: Student) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, w: Tensor, features: Tensor, base: Student | Reference
+    ) -> tuple[Tensor, Tensor]:
         weights = self.weights.detach().requires_grad_()
         with torch.enable_grad():
             loss = self._objective(weights, w, features, base, self._direction(w))
             (gradient,) = torch.autograd.grad(loss, weights)
         return loss.detach(), gradient
 
-    def _advantage(self, w: Tensor, features: Tensor, base: Student) -> Tensor:
+    def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:
         v = self._direction(w)
         slow, fast = (self._objective(x, w, features, base, v) for x in self.averages)
         return (slow - fast).detach()
@@ -121,7 +124,12 @@ class SlicedScore(WhitenedEstimator):
 
     @torch.enable_grad()
     def _objective(
-        self, weights: Tensor, w: Tensor, features: Tensor, base: Student, v: Tensor
+        self,
+        weights: Tensor,
+        w: Tensor,
+        features: Tensor,
+        base: Student | Reference,
+        v: Tensor,
     ) -> Tensor:
         """Mean over draws and dimensions; for the exact score of a Gaussian, -1/2.
 

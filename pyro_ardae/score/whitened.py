@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork
+from pyro_ardae.score.reference import Reference
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.trained import TrainedEstimator
 from pyro_ardae.score.whitening import Frame, Mode, Whitening
@@ -94,6 +95,7 @@ class WhitenedEstimator(TrainedEstimator):
         self.weight_decay = weight_decay
         self.age = 0.0
         self.slow_wins = True
+        self.reference: Reference | None = None
         self.whitening = Whitening(dim, context_dim, mode=whitening)
         self.network = network
         self.weights = torch.nn.Parameter(network.initial(), requires_grad=False)
@@ -116,11 +118,13 @@ class WhitenedEstimator(TrainedEstimator):
         return self.whitening.mode == "centered"
 
     @abstractmethod
-    def _loss(self, w: Tensor, features: Tensor, base: Student) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, w: Tensor, features: Tensor, base: Student | Reference
+    ) -> tuple[Tensor, Tensor]:
         """Loss of ``w [n, B, D]`` with ``features [B, K]``, and its gradient by the weights."""
 
     @abstractmethod
-    def _advantage(self, w: Tensor, features: Tensor, base: Student) -> Tensor:
+    def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:
         """Loss of the longer average minus that of the shorter one, on the same noise."""
 
     @property
@@ -154,11 +158,12 @@ class WhitenedEstimator(TrainedEstimator):
         frame = self.whitening.held_out(folds, context)
         w = frame.whiten(folds)[: self.num_steps]
         features = self._features(frame, context, fit=True)[: self.num_steps]
-        self._grow_older(w[0], features[0], frame.base)
+        base = self.reference or frame.base
+        self._grow_older(w[0], features[0], base)
         rate = self.learning_rate * (1 + self.age / _RATE_AGE) ** -0.5
         total = z.new_zeros(())
         for fold in range(self.num_steps):
-            loss, gradient = self._loss(w[fold], features[fold], frame.base)
+            loss, gradient = self._loss(w[fold], features[fold], base)
             self.weights.grad = self._clipped(gradient)
             self.steps += 1
             ramp = min(1.0, self.steps / max(1, self.warm_up))
@@ -173,7 +178,7 @@ class WhitenedEstimator(TrainedEstimator):
         self.updates += 1
         return total / self.num_steps
 
-    def _grow_older(self, w: Tensor, features: Tensor, base: Student) -> None:
+    def _grow_older(self, w: Tensor, features: Tensor, base: Student | Reference) -> None:
         if self.updates % _CHECK_EVERY == _CHECK_EVERY - 1:
             self.advantage.lerp_(self._advantage(w, features, base), 0.15)
             self.slow_wins = bool(self.advantage <= 0)
@@ -251,7 +256,8 @@ class WhitenedEstimator(TrainedEstimator):
         frame, w, features = self._query(value, samples, context, center)
         level = w.new_full((*w.shape[:-1], 1), sigma)
         r = self.network.field(self.averaged, w, level, features)
-        return frame.pull_back(r + frame.base.score(w, sigma**2)).reshape(value.shape)
+        base = self.reference or frame.base
+        return frame.pull_back(r + base.score(w, sigma**2)).reshape(value.shape)
 
     def _less(self, z: Tensor, center: Tensor | None) -> Tensor:
         """``z [n, B, D]`` less the center, if it matters."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from pyro_ardae.score import ARDAE
 from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork
@@ -108,6 +109,36 @@ def test_learns_without_whitening() -> None:
     assert relative_error(estimator(value, value[:512]), score) < 0.5 * relative_error(
         -value, score
     )
+
+
+def test_reference_is_the_score_until_the_network_has_learned_more() -> None:
+    """Of a density that is not quite q the difference is learned; of q itself, none is there."""
+    q, near = Normal(0.5, 0.8), Normal(0.0, 1.0)
+    value = q.sample((500, 1))
+    errors = {}
+    for name, density in (("near", near), ("q", q)):
+        estimator = ARDAE(
+            1,
+            whitening="none",
+            hidden_dim=16,
+            depth=2,
+            reference=lambda z, density=density: -(z - density.mean) / density.variance,
+        )
+        truth = -(value - q.mean) / q.variance
+        before = relative_error(estimator(value, value), truth)
+        for _ in range(100):
+            estimator.update(q.sample((256, 1)))
+        errors[name] = (before, relative_error(estimator(value, value), truth))
+    assert errors["q"][0] == 0.0
+    assert errors["q"][1] < 0.02
+    assert errors["near"][0] > 0.2
+    assert errors["near"][1] < 0.03
+
+
+def test_reference_wants_the_coordinates_that_it_is_a_function_of() -> None:
+    for options in ({}, {"whitening": "none", "parametrization": "energy"}):
+        with pytest.raises(ValueError, match="whitening='none' and parametrization='residual'"):
+            ARDAE(2, reference=torch.neg, **options)  # type: ignore[arg-type]
 
 
 # ---- the energy's density ------------------------------------------------------------------------
