@@ -7,7 +7,9 @@
 turns in one process, so that a slow moment of the machine meets both:
 
 - explicit: ``Trace_ELBO`` with the Gaussian guide;
-- implicit: ``TraceImplicit_ELBO`` with the implicit guide of the same size, score updates included.
+- implicit: ``TraceImplicit_ELBO`` with the implicit guide of the same size, score updates included;
+- score: loss and gradient of an optimizer step of the score network alone, and its matrix products
+  alone, of the same shapes.
 
 It prints the median of each, their ratio, the rate of a matrix product in fp32 and bf16 measured
 between the steps, and the peak memory of each variant: the largest resident set of a process of
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import statistics
@@ -39,7 +42,8 @@ from pyro.infer import SVI
 from inference.bench_sac import Sac, bench_sac, report
 from inference.errors import UserError, user_errors
 from inference.optim import TorchOptim
-from inference.presets import PRESETS, build_loss, build_vae
+from inference.presets import PRESETS, build_loss, build_score_estimator, build_vae
+from pyro_ardae.score.student import Student
 
 __all__ = ["Step", "bench_step", "main"]
 
@@ -105,6 +109,34 @@ def _build_step(variant: str, options: Step | Memory) -> Callable[[], Any]:
     return lambda: svi.step(x)
 
 
+def _build_score(options: Step) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Loss and gradient of the score network in the implicit preset, and their products alone."""
+    config = PRESETS[VARIANTS["implicit"]][1]
+    assert config.score_steps is not None
+    draws = config.num_score_samples // config.score_folds
+    contexts, dim, width = options.batch_size, 32, 300
+    estimator = build_score_estimator(config)(dim, width)
+    network, base = estimator.network, Student(math.inf, 1.0)
+    w, features = torch.randn(draws, contexts, dim), torch.randn(contexts, network.feature_dim)
+    rows, hidden = 2 * draws * contexts, network.hidden_dim
+    layers = [(rows, dim + 2, hidden), *[(rows, hidden, hidden)] * (network.depth - 1)]
+    layers += [(rows, hidden, 2 * dim), (contexts, network.feature_dim, hidden)]
+    layers += [(contexts, hidden, hidden), (contexts, hidden, 2 * network.depth * hidden)]
+    pairs = []
+    for index, (count, fan_in, fan_out) in enumerate(layers):
+        x, weight = torch.randn(count, fan_in), torch.randn(fan_in, fan_out)
+        gradient = torch.randn(count, fan_out)
+        pairs += [(x, weight), (x.mT, gradient)]
+        if index not in (0, network.depth + 1):  # inputs have no gradient
+            pairs.append((gradient, weight.mT))
+
+    def products() -> None:
+        for left, right in pairs:
+            torch.mm(left, right)
+
+    return lambda: estimator._loss(w, features, base), products
+
+
 def _build_gemm(dtype: torch.dtype) -> Callable[[], Any]:
     rows, inner, columns = GEMM_SHAPE
     left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
@@ -114,8 +146,11 @@ def _build_gemm(dtype: torch.dtype) -> Callable[[], Any]:
 def bench_step(options: Step) -> dict[str, Any]:
     """Runs the step benchmark; returns its figures."""
     pyro.set_rng_seed(options.seed)
+    score, products = _build_score(options)
     jobs = {
         **{variant: _build_step(variant, options) for variant in VARIANTS},
+        "score": score,
+        "products": products,
         "fp32": _build_gemm(torch.float32),
         "bf16": _build_gemm(torch.bfloat16),
     }
@@ -131,6 +166,8 @@ def bench_step(options: Step) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "ms": {variant: 1e3 * median[variant] for variant in VARIANTS},
         "ratio": median["implicit"] / median["explicit"],
+        "score_ms": {name: 1e3 * median[name] for name in ("score", "products")},
+        "score_gemm_share": median["products"] / median["score"],
         "gemm_gflops": {name: flop / median[name] / 1e9 for name in ("fp32", "bf16")},
         "steps": options.steps,
         "batch_size": options.batch_size,
@@ -197,6 +234,11 @@ def _step_main(options: Annotated[Step, tyro.conf.arg(name="")]) -> None:
             )
             print(f"{variant}: {ms:.2f} ms a step{peak}")
         print(f"ratio implicit / explicit: {figures['ratio']:.2f}")
+        score = figures["score_ms"]
+        print(
+            f"score network: {score['score']:.2f} ms an optimizer step, its matrix products alone "
+            f"{score['products']:.2f} ms ({figures['score_gemm_share']:.0%} of their rate)"
+        )
         rates = ", ".join(f"{n} {rate:.0f} GFLOP/s" for n, rate in figures["gemm_gflops"].items())
         print(f"matrix product {'x'.join(map(str, GEMM_SHAPE))}: {rates}")
         if options.json is not None:

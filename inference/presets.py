@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -279,6 +280,18 @@ def build_vae(config: Config, mean: Tensor | None = None, *, name: str = "vae") 
     return vae.to(config.device)
 
 
+def build_score_estimator(config: Config) -> Callable[[int, int], ARDAE]:
+    """What builds the score estimator of an implicit guide: ``(dim, context_dim)`` to it."""
+    return partial(
+        ARDAE,
+        hidden_dim=config.score_hidden_dim,
+        learning_rate=config.score_learning_rate,
+        num_folds=config.score_folds,
+        num_steps=config.score_steps,
+        whitening=config.score_whitening,
+    )
+
+
 def build_loss(config: Config) -> ELBO:
     """Builds the loss for :class:`pyro.infer.SVI`."""
     particles = {
@@ -288,16 +301,8 @@ def build_loss(config: Config) -> ELBO:
     }
     if config.guide == "gaussian":
         return Trace_ELBO(**particles)
-    estimator = partial(
-        ARDAE,
-        hidden_dim=config.score_hidden_dim,
-        learning_rate=config.score_learning_rate,
-        num_folds=config.score_folds,
-        num_steps=config.score_steps,
-        whitening=config.score_whitening,
-    )
     return TraceImplicit_ELBO(
-        estimator,
+        build_score_estimator(config),
         **particles,
         num_score_samples=config.num_score_samples,
         num_score_updates=config.num_score_updates,
