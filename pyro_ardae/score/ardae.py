@@ -147,8 +147,11 @@ class ARDAE(WhitenedEstimator):
         u = torch.randn_like(w)
         step, noise = sigma * u, u / sigma
         x = torch.cat([w + step, w - step])
-        sigma, noise = torch.cat([sigma, sigma]), torch.cat([noise, -noise])
-        return x, sigma, base.score(x, sigma.square()) + noise, noise
+        sigma = torch.cat([sigma, sigma])
+        target = base.score(x, sigma.square())
+        target[: len(w)].add_(noise)
+        target[len(w) :].sub_(noise)
+        return x, sigma, target, noise
 
     def _loss(
         self, w: Tensor, features: Tensor, base: Student | Reference

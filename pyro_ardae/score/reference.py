@@ -27,4 +27,4 @@ class Reference:
 
     def score(self, w: Tensor, square_sigma: Tensor | float = 0.0) -> Tensor:
         """Score at w, whatever the variance of the noise: a network that sees sigma corrects it."""
-        return self._score(w)
+        return self._score(w).clone()  # the caller adds to it in place

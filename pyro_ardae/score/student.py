@@ -54,6 +54,8 @@ class Student(NamedTuple):
         :param w: ``[..., D]``.
         :param square_sigma: variance of the noise, broadcasting against w.
         """
+        if math.isinf(self.degrees):
+            return w / -(self.square_scale + square_sigma)
         inverse = 1 / self.degrees
         return -(1 + inverse) * w / (w.square() * inverse + (self.square_scale + square_sigma))
 
