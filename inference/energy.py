@@ -21,23 +21,22 @@ import csv
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import pyro
 import torch
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from pyro.infer import ELBO, SVI, Trace_ELBO
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from inference import grid, plots
+from inference.energy_presets import PRESETS, Config, Guide, check
+from inference.energy_report import draw, table
 from inference.errors import UserError, user_errors
 from inference.optim import TorchOptim
 from inference.run import RunFolder
@@ -46,108 +45,9 @@ from models.networks import ACTIVATIONS
 from models.unconditional import FlowPosterior, GaussianPosterior, ImplicitPosterior
 from pyro_ardae import ARDAE, TraceImplicit_ELBO
 
-__all__ = ["PRESETS", "Config", "Training", "main", "run"]
+__all__ = ["Training", "main", "run"]
 
-Guide = Literal["implicit", "flow", "gaussian"]
 COLUMNS = ("step", "seconds", "beta", "loss", "score_loss", "stein")
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options of a fit."""
-
-    energy: tyro.conf.Suppress[Literal["u1", "u2", "u3", "u4"]]
-    """The energy; fixed by the preset."""
-    guide: Literal["implicit", "flow", "gaussian", "all"] = "all"
-    """The guide, or all three for the same time each."""
-    budget_seconds: float = 60.0
-    """Time of training of each guide. The schedules run over it, whatever the machine's speed."""
-    clock: Literal["wall", "cpu"] = "wall"
-    """What the budget is measured in: wall-clock, or this process's CPU time, which on one thread
-    is the wall-clock of an idle core."""
-    steps: int = 1_000_000
-    """Training steps at most; the schedules run over whichever limit comes first."""
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--seed"])] = (0,)
-    """Seeds; everything is done for each."""
-    threads: int = 1
-    """CPU threads of torch; networks of this size gain nothing by more."""
-    out: Path | None = None
-    """Folder of the results; runs/energy-PRESET if left out."""
-
-    beta_start: float = 0.1
-    """Inverse temperature at the first step, in (0, 1]; it rises to 1 geometrically, ..."""
-    beta_share: float = 0.5
-    """... over this share of the run."""
-    decay_start: float = 0.5
-    """Share of the run after which step sizes fall, along a cosine, to zero."""
-    average_decay: float = 0.99
-    """Decay of the Polyak average of the guide, which is what is evaluated."""
-    spread: float = 2.0
-    """Scale of the guides' draws before training."""
-
-    learning_rate: float = 2e-3
-    """Implicit guide: step size of Adam."""
-    batch_size: int = 512
-    """Implicit guide: draws per step."""
-    noise_dim: int = 10
-    """Implicit guide: width of the noise."""
-    width: float = 0.5
-    """Implicit guide: scale of its Gaussian before training."""
-    input_scale: float = 3.0
-    """Implicit guide: factor on the noise before the first layer."""
-    hidden_dims: tuple[int, ...] = (64, 64, 64)
-    """Implicit guide: widths of the hidden layers."""
-    activation: Literal["elu", "relu", "silu", "softplus", "tanh"] = "silu"
-    """Implicit guide: activation of the hidden layers."""
-    langevin_steps: int = 4
-    """Implicit guide: Langevin steps at its end."""
-    num_score_samples: int = 1024
-    """Implicit guide: draws by which the score is learned in a step."""
-    num_score_updates: int = 1
-    """Implicit guide: updates of the score network per step."""
-    score_hidden_dim: int = 64
-    """Implicit guide: width of the score network."""
-    score_folds: int = 4
-    """Implicit guide: optimizer steps of the score network per update."""
-    score_learning_rate: float = 8e-3
-    """Implicit guide: step size of the score network."""
-    score_depth: int = 4
-    """Implicit guide: hidden layers of the score network."""
-    score_delta: float = 0.1
-    """Implicit guide: scale of the noise by which the score is learned, in units of its input."""
-    score_whitening: Literal["pooled", "diagonal", "none"] = "none"
-    """Implicit guide: coordinates of the score network; "none" leaves the plane as it is."""
-    score_reference: bool = True
-    """Implicit guide: whether the score network learns the difference from the model's score."""
-    score_weight_decay: float = 0.0
-    """Implicit guide: weight decay of the score network."""
-
-    flow_learning_rate: float = 2e-3
-    """Flow: step size of Adam."""
-    flow_batch_size: int = 256
-    """Flow: draws per step."""
-    flow_transforms: int = 3
-    """Flow: number of autoregressive spline transforms."""
-    flow_hidden_dims: tuple[int, ...] = (64, 64)
-    """Flow: widths of the hidden layers of each."""
-    flow_bins: int = 8
-    """Flow: pieces of each spline."""
-
-    gaussian_learning_rate: float = 1e-2
-    """Gaussian: step size of Adam."""
-    gaussian_batch_size: int = 512
-    """Gaussian: draws per step."""
-
-    draws: int = 4_000_000
-    """Draws of each guide for the evaluation."""
-
-
-PRESETS: dict[str, tuple[str, Config]] = {
-    "u1": ("Two modes on a ring.", Config(energy="u1")),
-    "u2": ("A ridge along a sine.", Config(energy="u2")),
-    "u3": ("Two ridges that part and meet again.", Config(energy="u3")),
-    "u4": ("A ridge that forks.", Config(energy="u4")),
-}
 
 
 class Training:
@@ -336,25 +236,6 @@ def run(config: Config) -> Path:
     return out
 
 
-def check(config: Config) -> None:
-    """Refuses options out of range.
-
-    :raises UserError: naming the first of them.
-    """
-    for ok, option, expected, found in (
-        (config.budget_seconds > 0, "budget-seconds", "a positive time", config.budget_seconds),
-        (config.steps > 0, "steps", "a positive number", config.steps),
-        (0 < config.beta_start <= 1, "beta-start", "a value in (0, 1]", config.beta_start),
-        (0 <= config.beta_share <= 1, "beta-share", "a share in [0, 1]", config.beta_share),
-        (0 <= config.decay_start < 1, "decay-start", "a share in [0, 1)", config.decay_start),
-        (config.noise_dim >= 2, "noise-dim", "at least 2", config.noise_dim),
-        (len(config.seeds) > 0, "seeds", "one seed at least", config.seeds),
-        (config.draws > 0, "draws", "a positive number", config.draws),
-    ):
-        if not ok:
-            raise UserError(f"--{option}: expected {expected}, found {found}")
-
-
 @torch.no_grad()
 def evaluate(training: Training, log_z: float) -> tuple[dict[str, Any], Tensor]:
     """The row of results of a trained guide, and the counts of its draws on the grid."""
@@ -376,36 +257,6 @@ def evaluate(training: Training, log_z: float) -> tuple[dict[str, Any], Tensor]:
         z = q(torch.Size((100_000,)))
         row["kl_exact"] = float((q.log_prob(z) + energy(z)).mean()) + log_z
     return row, counts
-
-
-def table(config: Config, rows: Sequence[dict[str, Any]]) -> str:
-    """The results as text."""
-    lines = [
-        f"{config.energy}: KL(guide || density) in nats, {config.draws:,} draws on a grid",
-        f"{'guide':9} {'seed':>4} {'KL':>8} {'KL, h=.1':>9} {'by log q':>9} {'modes':>7} "
-        f"{'smallest':>9} {'steps':>7} {'seconds':>8}",
-    ]
-    for row in rows:
-        exact = "" if row["kl_exact"] is None else f"{row['kl_exact']:.4f}"
-        lines.append(
-            f"{row['guide']:9} {row['seed']:4d} {row['kl']:8.4f} {row['kl_coarse']:9.4f} "
-            f"{exact:>9} {row['modes']:2d} of {row['of_modes']} {row['smallest_share']:9.2f} "
-            f"{row['steps']:7d} {row['seconds']:8.1f}"
-        )
-    return "\n".join(lines)
-
-
-def draw(config: Config, histograms: Sequence[tuple[str, Tensor]]) -> Figure:
-    """The density, and beside it the histogram of each guide's draws in the same colours."""
-    density = grid.cell_log_masses(ENERGIES[config.energy]).exp()
-    figure = Figure(figsize=(3.6 * (1 + len(histograms)), 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 1 + len(histograms))
-    shown = [(f"density, {config.energy}", density), *histograms]
-    top = float(density.max())
-    for axes, (title, mass) in zip(panels, shown, strict=True):
-        plots.heat_map(axes, mass / mass.sum(), title=title, extent=grid.LIMIT, limit=7.5, top=top)
-    return figure
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from inference import grid
-from inference.energy import PRESETS
+from inference.energy_presets import PRESETS
 from models.energies import ENERGIES, Energy, log_normalizer
 from tests.inference.conftest import Program
 
