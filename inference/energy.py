@@ -211,9 +211,14 @@ def run(config: Config) -> Path:
     out = config.out or Path("runs") / f"energy-{config.energy}"
     log_z = log_normalizer(energy)
     rows, histograms = [], []
+    folders = {  # all of them first: none of the time is spent if one is there already
+        (guide, seed): RunFolder.create(out / f"{guide}-seed{seed}", options, COLUMNS)
+        for seed in config.seeds
+        for guide in guides
+    }
     for seed in config.seeds:
         for guide in guides:
-            folder = RunFolder.create(out / f"{guide}-seed{seed}", options, COLUMNS)
+            folder = folders[guide, seed]
             pyro.clear_param_store()
             pyro.set_rng_seed(seed)
             training = Training(config, guide)

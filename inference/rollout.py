@@ -152,6 +152,7 @@ class Collector:
             final[done] = np.stack([np.ravel(infos["final_obs"][i]) for i in np.flatnonzero(done)])
         self._lengths += 1
         self._refuse(reward, final)
+        self._refuse(reward, np.array(obs))  # a new episode may begin with one that is not finite
         self._returns += reward
         batch = Batch(
             self.obs,
@@ -185,6 +186,8 @@ class Collector:
         self.steps, self._started = state["steps"], state["started"]
 
     def _refuse(self, reward: Any, obs: Any) -> None:
+        with np.errstate(over="ignore"):  # in the precision of the buffer
+            reward, obs = np.asarray(reward, np.float32), np.asarray(obs, np.float32)
         for what, bad in (
             ("reward", ~np.isfinite(reward)),
             ("observation", ~np.isfinite(obs).all(-1)),

@@ -132,9 +132,8 @@ class Training:
             "eval_return_no_noise_std": float(without.std(correction=0)),
         }
         if self.config.env == MULTI_GOAL:
-            goals = torch.tensor([MultiGoal.goal(episode.last_obs.numpy()) for episode in noisy])
-            shares = torch.bincount(goals, minlength=4) / len(goals)
-            row |= {f"goal_{index}": float(share) for index, share in enumerate(shares)}
+            reached = [MultiGoal.reached(episode.last_obs.numpy()) for episode in noisy]
+            row |= {f"goal_{i}": reached.count(i) / len(reached) for i in range(4)}
         if len(self.replay):
             with torch.random.fork_rng():
                 obs = self.replay.sample(self.config.batch_size).obs

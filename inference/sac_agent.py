@@ -102,11 +102,12 @@ class Agent:
         :param draws: what ``policy.fit(obs)`` returned.
         """
         z, log_pi, penalty = self.policy.rsample(obs, draws)
-        q = self.critic(obs, z.tanh()).amin(0)
+        valued = z.clone()
+        valued.register_hook(self._feel)
+        q = self.critic(obs, valued.tanh()).amin(0)
         # What keeps a policy in range has to hold against the values, whatever their unit.
         weight = self.force.clamp_min(1.0).clone()
         loss = (self.alpha * log_pi - q).mean() + weight * penalty + self.jacobian_clamp(obs)
-        z.register_hook(self._feel)
         # The gradient by the critics' weights is neither needed nor computed.
         loss.backward(inputs=self.actor_parameters)
         self.actor_optimizer.step()
@@ -115,7 +116,7 @@ class Agent:
         return {"q_policy": q.detach().mean(), "max_z": z.detach().abs().max()}
 
     def _feel(self, gradient: Tensor) -> None:
-        """Running mean of the magnitude of the loss's gradient by a coordinate of z."""
+        """Running mean of the magnitude of the values' gradient by a coordinate of z."""
         self.force.lerp_(gradient.abs().mean() * len(gradient), 0.02)
 
     def update_alpha(self, log_pi: Tensor) -> None:

@@ -112,8 +112,9 @@ def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[P
     learning_curves(axes[0], {config.agent: [read_metrics(path)]}, title=config.env)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        obs = replay.sample(4).obs
-        action_density(axes[1], agent, obs, title="policy in four states of the buffer")
+        if len(replay):  # not in a run that was resumed without it
+            obs = replay.sample(4).obs
+            action_density(axes[1], agent, obs, title="policy in four states of the buffer")
         written = [plots.save(figure, path / "figures" / "run.png")]
         if config.env == "pyro_ardae/MultiGoal-v0":
             figure, axes = _figure(1)
@@ -127,10 +128,12 @@ def _multi_goal_paths(agent: Agent, config: Config, count: int = 10) -> list[Ten
     seen: list[Tensor] = []
 
     def act(obs: Tensor) -> Tensor:
-        seen.append(obs)
+        seen.append(obs.cpu())
         return agent.act(obs)
 
-    episodes = evaluate(config.env, act, episodes=count, seed=config.seed + 20_000)
+    episodes = evaluate(
+        config.env, act, episodes=count, seed=config.seed + 20_000, device=config.device
+    )
     stacked = torch.stack(seen)
     return [
         torch.cat([stacked[: one.length, one.env], one.last_obs.unsqueeze(0)]) for one in episodes

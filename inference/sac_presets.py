@@ -80,7 +80,7 @@ class Config:
     target_entropy: float | None = None
     """That target in nats; minus the number of action dimensions by default."""
     alpha_start: float = 1.0
-    """Fixed temperature: factor on it at the first update, falling to 1 geometrically, ..."""
+    """Factor on the temperature at the first update, falling to 1 geometrically, ..."""
     alpha_steps: int = 0
     """... over this many updates."""
     subtract_entropy_mean: bool = False
@@ -201,6 +201,7 @@ def check(config: Config) -> None:
         (config.noise_dim is None or config.noise_dim > 0, "noise-dim", "a positive number"),
         (config.score_steps > 0, "score-steps", "a positive number"),
         (config.score_draws >= config.score_steps, "score-draws", "--score-steps at least"),
+        (config.score_draws > 1, "score-draws", "2 at least: their variance is kept near 1"),
     ):
         if not ok:
             found = getattr(config, option.replace("-", "_"))

@@ -73,6 +73,13 @@ class MultiGoal(gymnasium.Env[Array, Array]):
         """Index of the goal nearest to a position ``[2]``."""
         return int(np.square(position - cls.GOALS).sum(-1).argmin())
 
+    @classmethod
+    def reached(cls, position: Array) -> int | None:
+        """Index of the goal within whose radius a position ``[2]`` lies; ``None`` for none."""
+        goal = cls.goal(position)
+        near = np.square(position - cls.GOALS[goal]).sum() < cls.RADIUS**2
+        return goal if near else None
+
 
 class Bandit:
     r"""Action values of a bandit with four states, whose best soft policy is known.
