@@ -81,7 +81,9 @@ class ImplicitPosterior(nn.Module):
 
     def forward(self) -> dist.TorchDistribution:
         noise_dim = self.noise_dim + self.latent_dim * (1 + self.langevin_steps)
-        return Implicit(self._transform, noise_dim, None, (self.latent_dim,))
+        zero = next(self.net.parameters()).new_zeros(noise_dim)
+        noise = dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
+        return Implicit(self._transform, noise, None, (self.latent_dim,))
 
     def _transform(self, noise: Tensor) -> Tensor:
         noise, first, *rest = noise.split(

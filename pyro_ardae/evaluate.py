@@ -239,9 +239,11 @@ def _fit_gaussian(samples: Tensor, jitter: float) -> MultivariateNormal:
     loc = wide.mean(0)
     centred = wide - loc
     covariance = torch.einsum("sbi,sbj->bij", centred, centred) / (len(samples) - 1)
-    floor = jitter * covariance.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-12
+    # The jitter is relative to each latent's own width: their scales may differ by any factor.
+    scale = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-12).sqrt().unsqueeze(-1)
     identity = torch.eye(samples.shape[-1], dtype=wide.dtype, device=wide.device)
-    scale_tril = torch.linalg.cholesky(covariance + floor[:, None, None] * identity)
+    correlation = covariance / (scale * scale.mT)
+    scale_tril = scale * torch.linalg.cholesky(correlation + jitter * identity)
     return MultivariateNormal(
         loc.to(samples), scale_tril=scale_tril.to(samples), validate_args=False
     )

@@ -48,12 +48,15 @@ def pareto_k(log_weights: Float[Tensor, "samples *batch"]) -> Float[Tensor, "*ba
 
 def _fit(largest: Tensor) -> float:
     """From the largest weights in descending order, the last of which is the threshold."""
-    if bool(largest.isnan().any()):
+    if bool(largest.isnan().any()) or float(largest[0]) == -math.inf:
         return math.nan
+    if float(largest[0] - largest[-1]) <= 1e-12:  # rounding of a constant is no tail
+        return -math.inf
     weights = (largest - largest[0]).exp()
     exceedances = weights[:-1] - weights[-1]
-    # Rounding of a constant is no tail; the fit needs a positive first quartile.
     exceedances = exceedances[exceedances > 1e-12]
+    # The fit needs five, with a positive first quartile. Fewer are left of a constant with a few
+    # larger weights, or where one weight outdoes all others by more than rounding shows.
     if len(exceedances) < 5:
-        return -math.inf
+        return math.inf if float(largest[0] - largest[5]) > 20 else -math.inf
     return float(fit_generalized_pareto(exceedances.cpu())[0])

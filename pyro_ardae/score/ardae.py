@@ -31,13 +31,12 @@ class ARDAE(WhitenedEstimator):
 
     A network f learns from noised samples by
 
-    .. math:: E_{z \sim q}\, E_{u \sim N(0, I)}\, E_{\sigma \sim N(0, \delta^2)}
-        \lVert u + \sigma f(z + \sigma u; \sigma, c) \rVert^2,
+    .. math:: E_{z \sim q}\, E_{u \sim N(0, I)}\, E_{\sigma}
+        \lVert u / \sigma + f(z + \sigma u; \sigma, c) \rVert^2,
 
     whose minimizer is :math:`f^* = \nabla \log (q * N(0, \sigma^2 I))` for every :math:`\sigma`
-    (Lim et al. 2020, eq. 8; Vincent 2011). It is queried at :math:`\sigma = 0`, in the middle of
-    the range on which it is trained. Differences from the paper's own setting
-    (:class:`~pyro_ardae.score.paper.PaperARDAE`):
+    (Lim et al. 2020, eq. 8; Vincent 2011). It is queried at :math:`\sigma = 0`.
+    Differences from the paper's own setting (:class:`~pyro_ardae.score.paper.PaperARDAE`):
 
     - f acts on :math:`w = A_c (z - m_c)`, with moments of other draws of the same q, and is
       a network plus the score of what w would be for a Gaussian q, a Student's t, as the moments
@@ -60,7 +59,8 @@ class ARDAE(WhitenedEstimator):
     :param hidden_dim: width of the network.
     :param depth: hidden layers of the network.
     :param whitening: see :class:`~pyro_ardae.score.whitening.Whitening`.
-    :param delta: largest :math:`\sigma`, in standard deviations of q, in (0, 1].
+    :param delta: largest :math:`\sigma`, in standard deviations of q (with ``whitening="none"``,
+        in units of z), in (0, 1].
     :param num_folds: parts, >= 2, into which an update cuts the draws of every context.
     :param num_steps: optimizer steps per update, each on one part: ``num_folds`` by default. With
         fewer, the remaining draws serve the moments alone.

@@ -154,6 +154,13 @@ class WhitenedEstimator(TrainedEstimator):
                 f"{type(self).__name__}: expected at least num_folds={self.num_folds} draws per "
                 f"context, got {count}. Raise num_score_samples, or lower num_folds."
             )
+        held_out = self.context_dim and self.whitening.mode not in ("centered", "none")
+        if held_out and n * (self.num_folds - 1) < 2:
+            raise ValueError(
+                f"{type(self).__name__}: expected at least 2 draws per context besides those of a "
+                f"fold, for the moments, got {count} in {self.num_folds} folds. Raise "
+                "num_score_samples."
+            )
         folds = z[: n * self.num_folds].reshape(self.num_folds, n, rows, dim)
         frame = self.whitening.held_out(folds, context)
         w = frame.whiten(folds)[: self.num_steps]
@@ -180,7 +187,9 @@ class WhitenedEstimator(TrainedEstimator):
 
     def _grow_older(self, w: Tensor, features: Tensor, base: Student | Reference) -> None:
         if self.updates % _CHECK_EVERY == _CHECK_EVERY - 1:
-            self.advantage.lerp_(self._advantage(w, features, base), 0.15)
+            advantage = self._advantage(w, features, base)
+            advantage = torch.where(advantage.isfinite(), advantage, self.advantage)
+            self.advantage.lerp_(advantage, 0.15)
             self.slow_wins = bool(self.advantage <= 0)
             if not self.slow_wins:
                 self.age *= _SHRINK**_CHECK_EVERY

@@ -36,3 +36,12 @@ def test_shapes_scale_and_special_values() -> None:
     assert math.isfinite(float(pareto_k(some)))
     with pytest.raises(ValueError, match="expected at least 25 per batch element, got 24"):
         pareto_k(torch.zeros(24))
+
+
+def test_one_weight_that_outdoes_all_others_is_no_constant_tail() -> None:
+    alone = torch.full((2000,), -1e6)
+    alone[0] = 0.0
+    assert float(pareto_k(alone)) == math.inf
+    assert float(pareto_k(1000 * torch.randn(2000))) == math.inf
+    assert float(pareto_k(torch.zeros(2000))) == -math.inf
+    assert math.isnan(float(pareto_k(torch.full((2000,), -math.inf))))

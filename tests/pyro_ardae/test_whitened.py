@@ -64,6 +64,22 @@ def test_centered_wants_a_center_and_no_fold_held_out(make: Factory) -> None:
     make(3, 0, num_folds=1)
 
 
+def test_too_few_draws_for_held_out_moments_are_refused() -> None:
+    estimator = ARDAE(2, 3, num_folds=2)
+    with pytest.raises(ValueError, match="at least 2 draws per context besides"):
+        estimator.update(torch.randn(3, 5, 2), torch.randn(5, 3))
+    assert estimator.updates == 0
+
+
+def test_one_comparison_that_is_not_finite_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimator = ARDAE(2, hidden_dim=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(estimator, "_advantage", lambda *_: torch.tensor(float("nan")))
+        for _ in range(4):
+            estimator.update(torch.randn(64, 2))
+    assert bool(estimator.advantage.isfinite())
+
+
 # ---- shapes --------------------------------------------------------------------------------------
 
 
