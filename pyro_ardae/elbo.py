@@ -181,8 +181,8 @@ class _ImplicitELBO:
                 loss = super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
                 if math.isnan(loss):
                     raise ValueError(
-                        "the loss is NaN. The step was refused, model and guide are as before. Check the "
-                        "data for NaN, the model's parameters for overflow, or lower the learning "
+                        "the loss is NaN. The step was refused, model and guide are as before. Check "
+                        "the data for NaN, the model's parameters for overflow, or lower the learning "
                         "rate."
                     )
                 return loss
