@@ -181,9 +181,9 @@ class _ImplicitELBO:
                 loss = super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
                 if math.isnan(loss):
                     raise ValueError(
-                        "the loss is NaN. The step was refused, model and guide are as before. Check "
-                        "the data for NaN, the model's parameters for overflow, or lower the learning "
-                        "rate."
+                        "the loss is NaN. The step was refused, model and guide are as before. "
+                        "Check the data for NaN, the model's parameters for overflow, or lower "
+                        "the learning rate."
                     )
                 return loss
             except ValueError:  # earlier particles have left their gradients
