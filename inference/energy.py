@@ -42,7 +42,7 @@ from inference.optim import TorchOptim
 from inference.run import RunFolder
 from models.energies import ENERGIES, log_normalizer
 from models.networks import ACTIVATIONS
-from models.unconditional import FlowPosterior, GaussianPosterior, ImplicitPosterior
+from models.unconditional import FlowPosterior, GaussianPosterior, ImplicitPosterior, slope
 from pyro_ardae import ARDAE, TraceImplicit_ELBO
 
 __all__ = ["Training", "main", "run"]
@@ -116,10 +116,7 @@ class Training:
 
     def _target_score(self, z: Tensor) -> Tensor:
         """The score of the density that the guide approaches at this step."""
-        with torch.enable_grad():
-            at = z.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.energy(at).sum(), at)
-        return -self.beta * slope
+        return -self.beta * slope(self.energy, z.detach())
 
     def _guide(self, beta: float) -> None:
         pyro.module("posterior", self.posterior)

@@ -16,7 +16,16 @@ from torch.distributions import Distribution
 from models.networks import MLP
 from pyro_ardae import Implicit
 
-__all__ = ["FlowPosterior", "GaussianPosterior", "ImplicitPosterior"]
+__all__ = ["FlowPosterior", "GaussianPosterior", "ImplicitPosterior", "slope"]
+
+
+def slope(energy: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """The gradient of an energy, ``[*, D]``, with a graph if z has one."""
+    graph = torch.is_grad_enabled() and z.requires_grad
+    with torch.enable_grad():
+        at = z if graph else z.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(energy(at).sum(), at, create_graph=graph)
+    return gradient
 
 
 class ImplicitPosterior(nn.Module):
@@ -91,18 +100,9 @@ class ImplicitPosterior(nn.Module):
         )
         z = self._start(noise, first)
         for k, noise in enumerate(rest):
-            move = self.log_drift[k].exp() * self._slope(z)
+            move = self.log_drift[k].exp() * slope(self.energy, z)
             z = z - move / (1 + move.abs()) + self.log_diffusion[k].exp() * noise
         return z
-
-    def _slope(self, z: Tensor) -> Tensor:
-        """The gradient of the energy, with a graph if z has one."""
-        assert self.energy is not None
-        graph = torch.is_grad_enabled() and z.requires_grad
-        with torch.enable_grad():
-            at = z if graph else z.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.energy(at).sum(), at, create_graph=graph)
-        return slope
 
     def _start(self, noise: Tensor, last: Tensor) -> Tensor:
         output = self.net(self.input_scale * noise)

@@ -60,14 +60,11 @@ class _Density:
         context = None if source.context is None else source.context.detach()
         count = max(64, 4096 // max(1, source.batch_shape.numel()))
 
-        def flat(z: Tensor) -> Tensor:
-            return z.flatten(-dims) if dims else z.unsqueeze(-1)
-
-        def density(_: Implicit, at: Tensor) -> Tensor:
+        def density(of: Implicit, at: Tensor) -> Tensor:
             with torch.no_grad():
-                samples = flat(source.rsample(Size((count,))))
-                rows = flat(at).reshape(-1, *samples.shape[1:])
-                center = flat(source.zero_noise()) if estimator.needs_center else None
+                samples = of.flat(source.rsample(Size((count,))))
+                rows = of.flat(at).reshape(-1, *samples.shape[1:])
+                center = of.flat(source.zero_noise()) if estimator.needs_center else None
                 result: Tensor = estimator.log_prob(rows, samples, context, center=center)
             return result.reshape(at.shape[: at.dim() - dims])
 

@@ -115,17 +115,14 @@ def stein_check(
 
 def _scored(fn: Implicit, loss: Any, name: str, num_samples: float) -> tuple[Tensor, Tensor]:
     """The score of fresh draws and the draws, centered: ``[n, dim]`` each, over all contexts."""
-    estimator, dims = loss.estimators[name], len(fn.event_shape)
+    estimator = loss.estimators[name]
     contexts = max(1, fn.batch_shape.numel())
     count = math.ceil(num_samples / contexts)
     # As many draws for the whitening as in training.
-    whiten = loss.num_score_samples or max(16, 2048 // contexts)
+    whiten = loss._num_draws(contexts)
 
-    def flat(z: Tensor) -> Tensor:
-        return z.flatten(-dims) if dims else z.unsqueeze(-1)
-
-    value, samples = flat(fn.sample(Size((count + whiten,)))).split([count, whiten])
-    center = flat(fn.zero_noise()) if estimator.needs_center else None
+    value, samples = fn.flat(fn.sample(Size((count + whiten,)))).split([count, whiten])
+    center = fn.flat(fn.zero_noise()) if estimator.needs_center else None
     score = estimator(value, samples, fn.context, center=center)
     centered = value - samples.mean(0)
     dim = estimator.dim

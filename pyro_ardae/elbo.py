@@ -230,20 +230,16 @@ class _ImplicitELBO:
 
     def _attach(self, name: str, fn: Implicit, value: Tensor) -> None:
         """Give ``fn`` its score: draw from it, let the site's estimator learn, and bind it."""
-        dims = len(fn.event_shape)
         source = fn.distinct()
         context = None if source.context is None else source.context.detach()
         site = self._site(name, fn, value)
 
-        def flat(z: Tensor) -> Tensor:
-            return z.flatten(-dims) if dims else z.unsqueeze(-1)
-
-        count = self.num_score_samples or max(16, 2048 // max(1, source.batch_shape.numel()))
-        center = flat(source.zero_noise()) if site.estimator.needs_center else None
+        count = self._num_draws(source.batch_shape.numel())
+        center = fn.flat(source.zero_noise()) if site.estimator.needs_center else None
 
         def draw() -> Tensor:
             with torch.no_grad(), poutine.block():
-                samples = flat(source.rsample(torch.Size((count,))))
+                samples = fn.flat(source.rsample(torch.Size((count,))))
             if not torch.isfinite(samples.sum()):
                 raise ValueError(
                     f"implicit site '{name}': its sampler returned non-finite values. The step was "
@@ -258,9 +254,9 @@ class _ImplicitELBO:
                 samples = draw() if update else samples
                 site.loss = site.estimator.update(samples, context, center=center)
 
-        def score(_: Implicit, at: Tensor) -> Tensor:
+        def score(of: Implicit, at: Tensor) -> Tensor:
             shape = at.shape  # a transform may give the site's value another one
-            at = flat(at)
+            at = of.flat(at)
             batch = samples.shape[1:]
             with torch.no_grad():
                 at = at.reshape((-1, *batch))
@@ -270,6 +266,10 @@ class _ImplicitELBO:
 
         fn.score = score
         self._attached.append(fn)
+
+    def _num_draws(self, contexts: int) -> int:
+        """Draws per context by which the score is learned in a step."""
+        return self.num_score_samples or max(16, 2048 // max(1, contexts))
 
     def _site(self, name: str, fn: Implicit, like: Tensor) -> _Site:
         """The estimator of a site, built when the site is first met."""

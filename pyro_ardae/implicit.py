@@ -148,6 +148,11 @@ class Implicit(TorchDistribution):
         with torch.no_grad():
             return self.rsample(sample_shape)
 
+    def flat(self, value: Tensor) -> Tensor:
+        """Draws ``[*sample, *batch, *event]`` with one dimension for the event."""
+        dims = len(self.event_shape)
+        return value.flatten(-dims) if dims else value.unsqueeze(-1)
+
     def zero_noise(self) -> Tensor:
         """The sampler's output ``[*batch, *event]`` for noise 0, by which the paper centers z."""
         with torch.no_grad():

@@ -114,6 +114,22 @@ class _Modulated:
         torch.mm(features.mT, d_a, out=d_first)
         d_first_bias.copy_(d_a.sum(0))
 
+    def _hidden(
+        self, parts: list[Tensor], x: Tensor, films: Tensor
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]]:
+        """Last hidden layer ``[n B, hidden]``; by layer input, product, sigmoid, SiLU and scale."""
+        h = x.view(-1, x.shape[-1])
+        saved = []
+        for i in range(self.depth):
+            scale = 1 + films[:, i, 0]
+            product = (h @ parts[i]).view(*x.shape[:-1], self.hidden_dim)
+            argument = torch.addcmul(films[:, i, 1], product, scale)
+            sigmoid = argument.sigmoid()
+            g = argument * sigmoid
+            saved.append((h, product, sigmoid, g, scale))
+            h = g.flatten(0, 1) + h if i else g.flatten(0, 1)
+        return h, saved
+
     @staticmethod
     def inputs(w: Tensor, sigma: Tensor) -> Tensor:
         """``[n, B, D + 2]``: w, and two functions of sigma of the order of 1."""
@@ -188,22 +204,6 @@ class ResidualNetwork(_Modulated):
         self._encoder_gradient(parts, grads, encoded, d_films.flatten(1))
         return loss, grad
 
-    def _hidden(
-        self, parts: list[Tensor], x: Tensor, films: Tensor
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]]:
-        """Last hidden layer ``[n B, hidden]``; by layer input, product, sigmoid, SiLU and scale."""
-        h = x.view(-1, x.shape[-1])
-        saved = []
-        for i in range(self.depth):
-            scale = 1 + films[:, i, 0]
-            product = (h @ parts[i]).view(*x.shape[:-1], self.hidden_dim)
-            argument = torch.addcmul(films[:, i, 1], product, scale)
-            sigmoid = argument.sigmoid()
-            g = argument * sigmoid
-            saved.append((h, product, sigmoid, g, scale))
-            h = g.flatten(0, 1) + h if i else g.flatten(0, 1)
-        return h, saved
-
 
 class EnergyNetwork(_Modulated):
     r"""Energy :math:`E = v^\top h + h_c^\top (A w + B w^2)`, whose negative gradient is
@@ -262,16 +262,7 @@ class EnergyNetwork(_Modulated):
         parts = self.split(flat)
         films, encoded = self.encode(parts, features)
         v, quadratic = parts[-2:]
-        h = x = self.inputs(w, sigma).flatten(0, 1)
-        saved = []
-        for i in range(self.depth):
-            scale = 1 + films[:, i, 0]
-            product = (h @ parts[i]).view(*w.shape[:-1], self.hidden_dim)
-            argument = torch.addcmul(films[:, i, 1], product, scale)
-            sigmoid = argument.sigmoid()
-            g = argument * sigmoid
-            saved.append((h, product, sigmoid, g, scale))
-            h = g.flatten(0, 1) + h if i else g.flatten(0, 1)
+        _, saved = self._hidden(parts, self.inputs(w, sigma), films)
 
         # The energy's gradient by w: its adjoints by h, argument and product in every layer.
         adjoints = []
@@ -296,7 +287,7 @@ class EnergyNetwork(_Modulated):
         tangent_w = (error * weight).mul_(-2.0 / error.numel())
         grad = torch.empty_like(flat)
         grads = self.split(grad)
-        moved = x.new_zeros(x.shape)
+        moved = torch.zeros_like(saved[0][0])
         moved[:, : self.dim] = tangent_w.flatten(0, 1)
         tangents = []
         for i in range(self.depth):

@@ -16,7 +16,7 @@ from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork
 from pyro_ardae.score.reference import Reference
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.trained import TrainedEstimator
-from pyro_ardae.score.whitening import Frame, Mode, Whitening
+from pyro_ardae.score.whitening import Frame, Mode, Whitening, per_context
 
 __all__ = ["WhitenedEstimator"]
 
@@ -81,7 +81,7 @@ class WhitenedEstimator(TrainedEstimator):
     ) -> None:
         super().__init__(dim, context_dim)
         # Pooled moments are those of earlier draws: no fold has to be held out for them.
-        least = 2 if context_dim and whitening not in ("centered", "none") else 1
+        least = 2 if per_context(context_dim, whitening) else 1
         self._in_range("num_folds", num_folds, num_folds >= least, f">= {least}")
         num_steps = num_folds if num_steps is None else num_steps
         self._in_range("num_steps", num_steps, 1 <= num_steps <= num_folds, f"in [1, {num_folds}]")
@@ -108,9 +108,7 @@ class WhitenedEstimator(TrainedEstimator):
     @staticmethod
     def feature_dim(dim: int, context_dim: int, whitening: Mode) -> int:
         """Width of what the network is told of the frame and the context."""
-        if not context_dim:
-            return 0
-        return context_dim if whitening in ("centered", "none") else 2 * dim + context_dim
+        return context_dim + (2 * dim if per_context(context_dim, whitening) else 0)
 
     @property
     def needs_center(self) -> bool:  # type: ignore[override]
@@ -154,8 +152,7 @@ class WhitenedEstimator(TrainedEstimator):
                 f"{type(self).__name__}: expected at least num_folds={self.num_folds} draws per "
                 f"context, got {count}. Raise num_score_samples, or lower num_folds."
             )
-        held_out = self.context_dim and self.whitening.mode not in ("centered", "none")
-        if held_out and n * (self.num_folds - 1) < 2:
+        if self.whitening.per_context and n * (self.num_folds - 1) < 2:
             raise ValueError(
                 f"{type(self).__name__}: expected at least 2 draws per context besides those of a "
                 f"fold, for the moments, got {count} in {self.num_folds} folds. Raise "
@@ -220,9 +217,8 @@ class WhitenedEstimator(TrainedEstimator):
         if not self.context_dim:
             return context.expand(*frame.mean.shape[:-3], -1, -1)
         # Constant frames say nothing. The context is the same for all parts of an update.
-        constant = self.whitening.mode in ("centered", "none")
         parts, at = [], 0
-        for raw in (context,) if constant else (frame.features(), context):
+        for raw in (frame.features(), context) if self.whitening.per_context else (context,):
             span = slice(at, at := at + raw.shape[-1])
             mean, square = self.feature_mean[span], self.feature_square[span]
             if fit:

@@ -17,9 +17,14 @@ from pyro_ardae.score.student import Student
 
 _GAUSSIAN = Student(math.inf, 1.0)
 
-__all__ = ["Frame", "Mode", "Whitening"]
+__all__ = ["Frame", "Mode", "Whitening", "per_context"]
 
 Mode = Literal["pooled", "centered", "full", "diagonal", "none"]
+
+
+def per_context(context_dim: int, mode: Mode) -> bool:
+    """Whether every context has moments of its own."""
+    return context_dim > 0 and mode not in ("centered", "none")
 
 
 class Frame(NamedTuple):
@@ -107,7 +112,8 @@ class Whitening(nn.Module):
             raise ValueError(f"whitening: expected one of {get_args(Mode)}, got {mode!r}.")
         self.dim, self.mode = dim, mode
         self.conditional = context_dim > 0 and mode != "centered"
-        regressed = self.conditional and context_dim <= Moments.MAX_CONTEXT_DIM and mode != "none"
+        self.per_context = per_context(context_dim, mode)
+        regressed = self.per_context and context_dim <= Moments.MAX_CONTEXT_DIM
         self.moments = Moments(dim, context_dim) if regressed else None
         self.pooled_draws = pooled_draws or (2048 if mode == "centered" else 16_384)
         self.low, self.high = low, high

@@ -23,7 +23,7 @@ from pyro.distributions.transforms import ExpTransform, StickBreakingTransform
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.guide import GuideMessenger
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions import register_kl
 
 from pyro_ardae import (
@@ -32,48 +32,14 @@ from pyro_ardae import (
     TraceImplicitEnum_ELBO,
     TraceImplicitMeanField_ELBO,
 )
-from pyro_ardae.score import ScoreEstimator
+from tests.pyro_ardae.oracle import Oracle, PathNormal, QuietNormal
 
 N, B, D = 12, 5, 3
-Score = Callable[[Tensor, Tensor | None], Tensor]
-
-
-class QuietNormal(dist.Normal):
-    """Noise whose draws for the score leave the random stream as it is for the explicit guide."""
-
-    def rsample(self, sample_shape: Size = Size()) -> Tensor:
-        if not sample_shape:
-            return super().rsample()
-        with torch.random.fork_rng(devices=[]):
-            return super().rsample(sample_shape)
-
-
-class PathNormal(dist.Normal):
-    """Normal whose log density depends on its value alone: what is left is the path gradient."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return dist.Normal(self.loc.detach(), self.scale.detach()).log_prob(value)
 
 
 @register_kl(PathNormal, dist.Normal)
 def no_closed_form(p: PathNormal, q: dist.Normal) -> Tensor:
     raise NotImplementedError  # TraceMeanField_ELBO then samples, as it does for Implicit
-
-
-class Oracle(ScoreEstimator):
-    """The exact score in place of an estimate."""
-
-    def __init__(self, dim: int, context_dim: int, score: Score) -> None:
-        super().__init__(dim, context_dim)
-        self.score = score
-
-    def update(self, samples: Tensor, context: Tensor | None = None, **_: Any) -> Tensor:
-        return samples.new_zeros(())
-
-    def forward(
-        self, value: Tensor, samples: Tensor, context: Tensor | None = None, **_: Any
-    ) -> Tensor:
-        return self.score(value, context).detach()
 
 
 def noise(dim: int = D) -> dist.Distribution:

@@ -18,43 +18,12 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.nn import PyroModule, PyroParam
-from torch import Size, Tensor
+from torch import Tensor
 
 from pyro_ardae import Implicit, TraceImplicit_ELBO, TraceImplicitEnum_ELBO
-from pyro_ardae.score import ScoreEstimator
+from tests.pyro_ardae.oracle import Oracle, PathNormal, QuietNormal
 
 N, D = 5, 2
-
-
-class QuietNormal(dist.Normal):
-    """Noise whose draws for the score leave the random stream as it is for the explicit guide."""
-
-    def rsample(self, sample_shape: Size = Size()) -> Tensor:
-        if not sample_shape:
-            return super().rsample()
-        with torch.random.fork_rng(devices=[]):
-            return super().rsample(sample_shape)
-
-
-class PathNormal(dist.Normal):
-    """Normal whose log density depends on its value alone: what is left is the path gradient."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return dist.Normal(self.loc.detach(), self.scale.detach()).log_prob(value)
-
-
-class Oracle(ScoreEstimator):
-    def __init__(self, dim: int, context_dim: int, score: Callable[..., Tensor]) -> None:
-        super().__init__(dim, context_dim)
-        self.score = score
-
-    def update(self, samples: Tensor, context: Tensor | None = None, **_: Any) -> Tensor:
-        return samples.new_zeros(())
-
-    def forward(
-        self, value: Tensor, samples: Tensor, context: Tensor | None = None, **_: Any
-    ) -> Tensor:
-        return self.score(value, context).detach()
 
 
 def data() -> Tensor:
