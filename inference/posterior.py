@@ -101,10 +101,7 @@ def compare(config: Config) -> Path:
     """Makes the rows that the folder lacks, then table and figures; returns the folder."""
     _check(config)
     path, options = config.out, dataclasses.asdict(config)
-    if (path / "config.json").exists():
-        RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
-    else:
-        RunFolder.create(path, options, COLUMNS)
+    RunFolder.open_or_create(path, options, COLUMNS, may_differ=MAY_DIFFER)
     rows = read(path / "results.csv", COLUMNS) if (path / "results.csv").exists() else {}
     known = read(path / "moments.csv", MOMENTS) if (path / "moments.csv").exists() else {}
     wanted: list[Key] = [

@@ -77,6 +77,23 @@ class RunFolder:
         return folder
 
     @classmethod
+    def open_or_create(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        columns: Sequence[str],
+        *,
+        may_differ: Sequence[str] = (),
+    ) -> RunFolder:
+        """Goes on with the run that the folder holds, or makes a new one.
+
+        :raises UserError: as :meth:`open` and :meth:`create`.
+        """
+        if (path / "config.json").exists():
+            return cls.open(path, config, columns, may_differ=may_differ)
+        return cls.create(path, config, columns)
+
+    @classmethod
     def open(
         cls,
         path: Path,

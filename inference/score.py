@@ -240,10 +240,7 @@ def compare(options: Score) -> Path:
     """Make the runs that the folder lacks, then table and figures; returns the folder."""
     _check(options)
     path, config = options.out, dataclasses.asdict(options)
-    if (path / "config.json").exists():
-        RunFolder.open(path, config, COLUMNS, may_differ=MAY_DIFFER)
-    else:
-        RunFolder.create(path, config, COLUMNS)
+    RunFolder.open_or_create(path, config, COLUMNS, may_differ=MAY_DIFFER)
     runs = read(path / "metrics.csv")
     wanted: list[Key] = [
         (estimator, target, seed)

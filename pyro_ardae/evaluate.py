@@ -73,7 +73,7 @@ def fitted_gaussian_log_marginal(
     :param Tensor guide_samples: draws of the guide, ``[S0, B, D]``; ``S0 >= 2 * D``.
     :param int num_samples: number ``K`` of importance samples, at least 1.
     :param float prior_weight: weight ``w`` of the prior in the proposal, in ``[0, 1)``.
-    :param float jitter: added to the diagonal of the covariance, relative to its mean; keeps it
+    :param float jitter: added to the diagonal of the covariance, relative to it; keeps it
         positive definite for a guide that has collapsed in a direction.
     :param int chunk_size: samples for which ``log_joint`` is evaluated at once: bounds the memory.
     :returns: estimates in nats, ``[B]``.

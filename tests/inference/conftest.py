@@ -37,6 +37,21 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Program:
     return run
 
 
+@pytest.fixture
+def help_of(program: Program, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """What ``--help`` of a program shows, which names the program and ends well."""
+
+    def show(name: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            program(name, "--help")
+        assert stopped.value.code == 0
+        shown: str = capsys.readouterr().out
+        assert f"python -m inference.{name}" in shown
+        return shown
+
+    return show
+
+
 @pytest.fixture(scope="session")
 def sample_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory with a small made sample in place of MNIST."""
