@@ -98,7 +98,7 @@ class Config:
     gain: float = 0.1
     """Implicit guide: factor on the deviation from the Gaussian, by whose square it learns slower
     than the rest."""
-    score_hidden_dim: int = 64
+    score_hidden_dim: int = 48
     """Implicit guide: width of the score network."""
     score_learning_rate: float = 4e-3
     """Implicit guide: step size of the score network."""

@@ -61,9 +61,10 @@ class ARDAE(WhitenedEstimator):
     :param whitening: see :class:`~pyro_ardae.score.whitening.Whitening`.
     :param delta: largest :math:`\sigma`, in standard deviations of q (with ``whitening="none"``,
         in units of z), in (0, 1].
-    :param num_folds: parts, >= 2, into which an update cuts the draws of every context.
-    :param num_steps: optimizer steps per update, each on one part: ``num_folds`` by default. With
-        fewer, the remaining draws serve the moments alone.
+    :param num_folds: parts, >= 2, into which an update cuts the draws of every context: by default
+        as many as leave 512 draws, over all contexts, to each, but 4 to 8.
+    :param num_steps: optimizer steps per update, each on one part: by default on all. With fewer,
+        the remaining draws serve the moments alone.
     :param learning_rate: Adam's step size, after ``warm_up`` steps.
     :param warm_up: optimizer steps over which the step size grows linearly.
     :param clip: bound on the norm of a gradient, in units of its running mean, >= 1.
@@ -91,10 +92,10 @@ class ARDAE(WhitenedEstimator):
         *,
         parametrization: Literal["residual", "energy"] = "residual",
         hidden_dim: int = 64,
-        depth: int = 3,
+        depth: int = 4,
         whitening: Mode = "pooled",
         delta: float = 0.1,
-        num_folds: int = 4,
+        num_folds: int | None = None,
         num_steps: int | None = None,
         learning_rate: float = 4e-3,
         warm_up: int = 50,

@@ -50,7 +50,7 @@ class DAE(TrainedEstimator):
         sigma_start: float | None = None,
         anneal_updates: int = 1000,
         hidden_dim: int = 64,
-        depth: int = 3,
+        depth: int = 4,
         learning_rate: float = 1e-3,
     ) -> None:
         super().__init__(dim, context_dim)

@@ -407,15 +407,18 @@ ERRORS: dict[str, tuple[Callable[[Factory], Any], str]] = {
     "hidden_dim": (lambda make: make(2, hidden_dim=0), "hidden_dim >= 1, got 0"),
     "depth": (lambda make: make(2, depth=0), "depth >= 1, got 0"),
     "num_folds": (lambda make: make(2, 1, num_folds=1), "num_folds >= 2, got 1"),
-    "no steps": (lambda make: make(2, num_steps=0), r"num_steps in \[1, 4\], got 0"),
-    "more steps than folds": (lambda make: make(2, num_steps=5), r"num_steps in \[1, 4\], got 5"),
+    "no steps": (lambda make: make(2, num_steps=0), r"num_steps in \[1, 8\], got 0"),
+    "more steps than folds": (
+        lambda make: make(2, num_folds=4, num_steps=5),
+        r"num_steps in \[1, 4\], got 5",
+    ),
     "learning_rate": (lambda make: make(2, learning_rate=0.0), "learning_rate > 0, got 0"),
     "clip": (lambda make: make(2, clip=0.5), "clip >= 1, got 0.5"),
     "weight_decay": (lambda make: make(2, weight_decay=-1.0), "weight_decay >= 0, got -1"),
     "min_age": (lambda make: make(2, min_age=0), r"min_age in \[1, max_age=8000\], got 0"),
     "max_age": (lambda make: make(2, max_age=50), r"min_age in \[1, max_age=50\], got 100"),
     "too few draws": (
-        lambda make: make(2).update(Z[:3]),
+        lambda make: make(2, num_folds=4).update(Z[:3]),
         "num_folds=4 draws per context, got 3. Raise num_score_samples",
     ),
     "samples of another dim": (lambda make: make(3).update(Z), r"\[S, \*batch, 3\]"),
@@ -424,6 +427,15 @@ ERRORS: dict[str, tuple[Callable[[Factory], Any], str]] = {
         r"\(5, 2\), got \(8, 4",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("draws", "contexts", "steps"), [(3, 2, 3), (16, 1, 4), (16, 128, 4), (64, 64, 8), (64, 512, 8)]
+)
+def test_number_of_folds_follows_the_draws(draws: int, contexts: int, steps: int) -> None:
+    estimator = ARDAE(2, 1, hidden_dim=4, depth=1)
+    estimator.update(torch.randn(draws, contexts, 2), torch.randn(contexts, 1))
+    assert estimator.steps == steps
 
 
 @pytest.mark.parametrize("make", [ARDAE, SlicedScore])
