@@ -7,6 +7,9 @@ Examples::
 
     python -m inference.score
     python -m inference.score --estimators ardae gaussian --targets mixture8 moving8 --seeds 0
+    python -m inference.score --estimators ardae ardae:depth=3 --targets moving8 --out runs/depth
+
+After a colon, an estimator may have other options than its defaults.
 
 Every estimator learns on every target, once for each seed, for the same CPU time: that of its
 updates alone. Drawing from the target and evaluating are not counted; the first update's imports
@@ -29,11 +32,13 @@ added. Columns of metrics.csv:
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +108,12 @@ def _paper(dim: int, context_dim: int) -> PaperARDAE:
     return (PaperARDAE.gaussians if dim < 32 else PaperARDAE.mnist)(dim, context_dim)
 
 
-ESTIMATORS: dict[str, Callable[[int, int], ScoreEstimator]] = {
+ESTIMATORS: dict[str, Callable[..., ScoreEstimator]] = {
     "ardae": ARDAE,
-    "ardae-energy": lambda dim, context_dim: ARDAE(dim, context_dim, parametrization="energy"),
+    "ardae-energy": partial(ARDAE, parametrization="energy"),
     "ardae-paper": _paper,
     "dae": DAE,
-    "dae-residual": lambda dim, context_dim: DAE(dim, context_dim, residual=True),
+    "dae-residual": partial(DAE, residual=True),
     "sliced": SlicedScore,
     "stein": SteinScore,
     "spectral": SpectralScore,
@@ -116,6 +121,27 @@ ESTIMATORS: dict[str, Callable[[int, int], ScoreEstimator]] = {
     "gaussian": GaussianScore,
 }
 """Estimators by name: ``(dim, context_dim)`` to an estimator."""
+
+
+def estimator_for(name: str, target: Target) -> ScoreEstimator:
+    """An estimator, by name or as ``name:option=value,...``.
+
+    :raises UserError: if there is none, or not with such options.
+    """
+    kind, _, text = name.partition(":")
+    if kind not in ESTIMATORS:
+        raise UserError(f"--estimators: expected some of {', '.join(ESTIMATORS)}; found {kind}")
+    try:
+        call = ast.parse(f"dict({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("it is no option=value")
+        options = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+        return ESTIMATORS[kind](target.dim, target.context_dim, **options)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--estimators: expected options of {kind!r}, like {kind}:option=1, found {name!r}: "
+            f"{error}"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -220,10 +246,10 @@ def start(key: Key, options: Score) -> Run:
     name, target_name, seed = key
     target = TARGETS[target_name]()
     torch.manual_seed(seed)
-    first = Run(ESTIMATORS[name](target.dim, target.context_dim), target, seed, options)
+    first = Run(estimator_for(name, target), target, seed, options)
     next(first.train(math.inf), None)
     torch.manual_seed(seed)
-    return Run(ESTIMATORS[name](target.dim, target.context_dim), target, seed, options)
+    return Run(estimator_for(name, target), target, seed, options)
 
 
 def rows_of(run: Run, progress: tqdm[Any]) -> list[Row]:
@@ -309,15 +335,15 @@ def _train(estimator: ScoreEstimator, target: Target, options: Score) -> float:
 
 
 def _check(options: Score) -> None:
-    for kind, names, known in (
-        ("estimators", options.estimators, ESTIMATORS),
-        ("targets", options.targets, TARGETS),
-    ):
-        unknown = ", ".join(name for name in names if name not in known)
-        if unknown or not names:
-            raise UserError(
-                f"--{kind}: expected some of {', '.join(known)}; found {unknown or 'none'}"
-            )
+    unknown = ", ".join(name for name in options.targets if name not in TARGETS)
+    if unknown or not options.targets:
+        raise UserError(
+            f"--targets: expected some of {', '.join(TARGETS)}; found {unknown or 'none'}"
+        )
+    if not options.estimators:
+        raise UserError(f"--estimators: expected some of {', '.join(ESTIMATORS)}; found none")
+    for name in options.estimators:
+        estimator_for(name, TARGETS[options.targets[0]]())
     least = {"num_samples": 8, "eval_samples": 1, "num_contexts": 1, "eval_contexts": 1}
     least |= {"threads": 1}
     for name, value in least.items():

@@ -78,8 +78,21 @@ def test_figures(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(score_plots, "ARROWS", 8)
     run = tmp_path / "run"
     program(
-        *("score", "--estimators", "ardae", "gaussian", "--targets", "ring", "--seeds", 0, 1),
-        *("--seconds", 0.02, "--figure-seconds", 0.01, *SMALL, "--out", run),
+        *("score", "--estimators", "ardae:depth=1,num_folds=2", "gaussian"),
+        *(
+            "--targets",
+            "ring",
+            "--seeds",
+            0,
+            1,
+            "--seconds",
+            0.02,
+            "--figure-seconds",
+            0.01,
+            *SMALL,
+            "--out",
+            run,
+        ),
     )
     for name in ("errors", "fields", "levels"):
         assert (run / "figures" / f"{name}.png").stat().st_size > 10_000
@@ -89,6 +102,9 @@ def test_figures(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("options", "message"),
     [
         (("--estimators", "ardea"), "--estimators: expected some of ardae, .* found ardea"),
+        (("--estimators", "ardae:deep=3"), "expected options of 'ardae', .* 'deep'"),
+        (("--estimators", "ardae:depth=0"), "expected options of 'ardae', .* depth >= 1, got 0"),
+        (("--estimators", "kde:3"), "expected options of 'kde'"),
         (("--targets", "ring", "rings"), "--targets: expected some of mixture1, .* found rings"),
         (("--num-samples", 2), "--num-samples: expected at least 8, found 2"),
         (("--draws", 2), "--draws: expected 3 or more"),
