@@ -5,13 +5,19 @@
 
 With the seed and the numbers of samples of the run it gives the recorded figures exactly (same
 machine, same number of threads); other numbers of samples can be asked for.
+
+With ``--ais`` it estimates log p(x) tightly instead, by annealed importance sampling, and the
+posterior gap, log p(x) less the guide's ELBO, on a random subset of the test images; it writes both
+to ``results.json`` of the run and the figures of each image to ``ais.npz``. ``--against OTHER``
+gives the difference to another run that was evaluated so, with its standard error over images.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +29,22 @@ from inference.data import Dataset
 from inference.errors import UserError, user_errors
 from inference.presets import Config, build_data, build_vae
 from inference.run import RunFolder
+from inference.tight import Tight, load, paired, save, summary, tight_evaluation
 from models import toy
 from models.networks import MLP
 from models.vae import VAE
 from pyro_ardae.evaluate import elbo, fitted_gaussian_log_marginal, log_marginal_from_guide
 
-__all__ = ["Evaluation", "describe", "evaluate", "final_evaluation", "main", "restore"]
+__all__ = [
+    "Evaluation",
+    "describe",
+    "describe_tight",
+    "evaluate",
+    "evaluate_tight",
+    "final_evaluation",
+    "main",
+    "restore",
+]
 
 #: Data points whose importance samples are taken at once: bounds the memory.
 POINTS_AT_ONCE = 100
@@ -52,6 +68,12 @@ class Evaluation:
     """Folder of binarized_mnist.npz; as in the run by default."""
     threads: int | None = None
     """CPU threads of torch; as in the run by default."""
+    ais: bool = False
+    """Estimate log p(x) by annealed importance sampling, and the posterior gap."""
+    tight: Annotated[Tight, tyro.conf.arg(name="")] = field(default_factory=Tight)
+    """Options of --ais."""
+    against: Path | None = None
+    """Run folder to compare with, evaluated with --ais too."""
 
 
 @torch.no_grad()
@@ -219,20 +241,64 @@ def restore(run: Path, **changes: Any) -> tuple[Config, VAE]:
     return config, vae
 
 
+def evaluate_tight(run: Path, config: Config, vae: VAE, tight: Tight) -> dict[str, float]:
+    """Tight log p(x) and posterior gap of a run, written to its folder.
+
+    :param Path run: the run folder.
+    :param Config config: its options.
+    :param VAE vae: its model.
+    :param Tight tight: options of the estimate.
+    :returns: the figures of :func:`inference.tight.summary`.
+    """
+    x = build_data(config).subset("test", tight.points, tight.points_seed).to(config.device)
+    with _full_precision(vae):
+        arrays = tight_evaluation(vae, x, tight)
+    save(run, arrays, x)
+    figures = summary(arrays)
+    path = run / "results.json"
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    settings = {f"ais_{key}": value for key, value in dataclasses.asdict(tight).items()}
+    RunFolder(run, ()).write_json("results.json", {**recorded, **settings, **figures})
+    return figures
+
+
+def describe_tight(tight: Tight, figures: dict[str, float], *, density: bool) -> str:
+    """The figures of :func:`evaluate_tight` in words."""
+    return (
+        f"test log p(x) {figures['ais_log_px']:.3f} ± {figures['ais_log_px_se']:.3f} nats by "
+        f"annealed importance sampling ({figures['ais_points']} images, {tight.chains} chains of "
+        f"{tight.temperatures} temperatures; error of the chains "
+        f"{figures['ais_chain_error']:.3f}, bias about {figures['ais_bias']:.3f})\n"
+        f"ELBO {figures['ais_elbo']:.3f}, posterior gap {figures['ais_gap']:.3f} ± "
+        f"{figures['ais_gap_se']:.3f} nats"
+        + ("" if density else " (ELBO too high, gap too small, by the misfit of the entropy)")
+    )
+
+
 def main() -> None:
     """Evaluates a run again."""
     options = tyro.cli(Evaluation, prog="python -m inference.evaluate", description=__doc__)
     with user_errors():
+        own = {"run", "ais", "tight", "against"}
         given = {
             key: value
             for key, value in dataclasses.asdict(options).items()
-            if key != "run" and value is not None
+            if key not in own and value is not None
         }
         config, vae = restore(options.run, **given)
         if config.threads is not None:
             # A global of the process, which this program owns.
             torch.set_num_threads(config.threads)
-        print(describe(config, final_evaluation(config, vae, build_data(config))))
+        if options.ais:
+            figures = evaluate_tight(options.run, config, vae, options.tight)
+            density = "elbo_energy" not in load(options.run)
+            print(describe_tight(options.tight, figures, density=density))
+        else:
+            print(describe(config, final_evaluation(config, vae, build_data(config))))
+        if options.against is not None:
+            one, other = load(options.run), load(options.against)
+            mean, error = paired(one, other)
+            print(f"log p(x) {mean:+.3f} ± {error:.3f} nats against {options.against}")
 
 
 if __name__ == "__main__":
