@@ -257,7 +257,7 @@ def evaluate_tight(run: Path, config: Config, vae: VAE, tight: Tight) -> dict[st
     figures = summary(arrays)
     path = run / "results.json"
     recorded = json.loads(path.read_text()) if path.exists() else {}
-    settings = {f"ais_{key}": value for key, value in dataclasses.asdict(tight).items()}
+    settings = {"ais_options": dataclasses.asdict(tight)}
     RunFolder(run, ()).write_json("results.json", {**recorded, **settings, **figures})
     return figures
 
