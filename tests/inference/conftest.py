@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 #: Options that make a run tiny.
 TINY = (
     *("--batch-size", "16", "--valid-points", "8", "--valid-samples", "4", "--test-points", "8"),
-    *("--test-samples", "4", "--guide-samples", "64", "--threads", "1", "--precision", "fp32"),
+    *("--test-samples", "4", "--guide-samples", "128", "--threads", "1", "--precision", "fp32"),
 )
 
 Program = Callable[..., None]
