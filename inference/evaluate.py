@@ -27,11 +27,11 @@ from torch import Tensor
 
 from inference.data import Dataset
 from inference.errors import UserError, user_errors
+from inference.precision import full_precision
 from inference.presets import Config, build_data, build_vae
 from inference.run import RunFolder
 from inference.tight import Tight, load, paired, save, summary, tight_evaluation
 from models import toy
-from models.networks import MLP
 from models.vae import VAE
 from pyro_ardae.evaluate import elbo, fitted_gaussian_log_marginal, log_marginal_from_guide
 
@@ -96,7 +96,9 @@ def evaluate(
       ``guide_samples`` draws of the guide, mixed with the prior by ``prior_weight``
       (:func:`pyro_ardae.evaluate.fitted_gaussian_log_marginal`); ``log_px_se`` its standard error;
     - ``log_px_own``, ``elbo`` and their ``_se``: the same with an explicit guide's own posterior as
-      the proposal (unless not ``own``), and its evidence lower bound (16 draws);
+      the proposal (unless not ``own``), and its evidence lower bound (16 draws), as
+      :meth:`models.vae.VAE.explicit` has them: of the joint with the auxiliary latent where there
+      is one, and with the bound on the density of a semi-implicit guide;
     - ``aggregate_std``: standard deviation of all latents drawn, averaged over dimensions (1 is the
       prior's); ``point_std``: standard deviation of one data point's, averaged likewise.
 
@@ -104,7 +106,7 @@ def evaluate(
     """
     totals: dict[str, list[Tensor]] = {"log_px": []}
     latents, point_variances = [], []
-    with torch.random.fork_rng(), _full_precision(vae):
+    with torch.random.fork_rng(), full_precision(vae):
         torch.manual_seed(seed)
         for chunk in x.split(POINTS_AT_ONCE):
 
@@ -120,11 +122,12 @@ def evaluate(
                     log_joint, draws, num_samples, prior_weight=prior_weight
                 )
             )
-            if explicit and own:
-                log_px_own = log_marginal_from_guide(log_joint, posterior, num_samples)
-                totals.setdefault("log_px_own", []).append(log_px_own)
             if explicit:
-                totals.setdefault("elbo", []).append(elbo(log_joint, posterior, 16))
+                joint, guide = vae.explicit(chunk)
+                if own:
+                    log_px_own = log_marginal_from_guide(joint, guide, num_samples)
+                    totals.setdefault("log_px_own", []).append(log_px_own)
+                totals.setdefault("elbo", []).append(elbo(joint, guide, 16))
     result: dict[str, float] = {}
     for name, parts in totals.items():
         values = torch.cat(parts).double()
@@ -141,7 +144,7 @@ def final_evaluation(config: Config, vae: VAE, data: Dataset) -> dict[str, float
     figures = evaluate(
         vae,
         x,
-        explicit=config.guide == "gaussian",
+        explicit=config.explicit,
         num_samples=config.test_samples,
         guide_samples=config.guide_samples,
         prior_weight=config.prior_weight,
@@ -152,7 +155,7 @@ def final_evaluation(config: Config, vae: VAE, data: Dataset) -> dict[str, float
         "test_samples": config.test_samples,
         "guide_samples": config.guide_samples,
     }
-    if config.task == "25gaussians":
+    if config.data == "25gaussians":
         figures |= _modes(vae, config.seed)
     return figures
 
@@ -178,22 +181,6 @@ def _modes(vae: VAE, seed: int) -> dict[str, float]:
         "smallest_mode": int(counts.min()) / len(samples),
         "near_a_mode": len(near) / len(samples),
     }
-
-
-class _full_precision:
-    """Turns the lower precision of the networks' matrix products off."""
-
-    def __init__(self, vae: VAE) -> None:
-        self.networks = [module for module in vae.modules() if isinstance(module, MLP)]
-
-    def __enter__(self) -> None:
-        self.dtypes = [network.compute_dtype for network in self.networks]
-        for network in self.networks:
-            network.compute_dtype = None
-
-    def __exit__(self, *exception: object) -> None:
-        for network, dtype in zip(self.networks, self.dtypes, strict=True):
-            network.compute_dtype = dtype
 
 
 def describe(config: Config, figures: dict[str, float]) -> str:
