@@ -17,6 +17,7 @@ import numpy as np
 
 from inference.errors import UserError
 from inference.posterior_table import Row, write
+from inference.presets import PRESETS
 from inference.run import read_metrics
 from inference.tight import load, paired
 
@@ -64,11 +65,7 @@ def read_steps(path: Path) -> dict[str, dict[str, float]]:
 
 def baseline(row: str) -> str:
     """The row with the Gaussian guide of the same data and architecture."""
-    guides = ("hierarchical-implicit",)  # the one name with a hyphen
-    stem = next(
-        (row.removesuffix(f"-{guide}") for guide in guides if row.endswith(f"-{guide}")), ""
-    )
-    return f"{stem or row.rpartition('-')[0]}-gaussian"
+    return f"{PRESETS[row][1].task}-gaussian"
 
 
 def collect(out: Path, runs: Sequence[Key], steps: Mapping[str, Row]) -> dict[Key, Row]:

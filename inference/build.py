@@ -23,7 +23,7 @@ from models.convolutions import ConvNetwork, ConvTrunk, ResConvNetwork, ResConvT
 from models.flows import FlowGuide
 from models.guides import FullCovarianceGuide, GaussianGuide, ImplicitGuide
 from models.hierarchical_guide import HierarchicalGuide, ReverseGuide
-from models.mnist import LATENT_DIM, NUM_PIXELS, BernoulliDecoder
+from models.mnist import NUM_PIXELS, BernoulliDecoder
 from models.networks import ACTIVATIONS, MLP, ConditionalMLP
 from models.semi_implicit import SemiImplicitGuide
 from models.toy import NormalDecoder
@@ -86,40 +86,40 @@ def build_vae(config: Config, mean: Tensor | None = None, *, name: str = "vae") 
 
 
 def _build_toy(config: Config, mean: Tensor | None) -> _Parts:
-    hidden = 128
+    hidden, latent_dim = 128, config.latent_dim
     decoder = NormalDecoder(
-        2,
+        latent_dim,
         hidden_dims=(hidden, hidden),
         activation=ACTIVATIONS[config.decoder_activation or config.activation],
         input_scale=config.decoder_input_scale,
     )
-    return _Parts(_mlp_trunk(config, (2, hidden, hidden), mean), decoder, 2, 2, hidden)
+    return _Parts(_mlp_trunk(config, (2, hidden, hidden), mean), decoder, 2, latent_dim, hidden)
 
 
 def _build_mnist(config: Config, mean: Tensor | None) -> _Parts:
-    compute_dtype = config.compute_dtype
+    compute_dtype, latent_dim = config.compute_dtype, config.latent_dim
     activation = ACTIVATIONS[config.activation]
     decoder_activation = ACTIVATIONS[config.decoder_activation or config.activation]
     trunk: nn.Module
     net: nn.Module
     if config.architecture == "conv":
         feature_dim = 800
-        net = ConvNetwork(LATENT_DIM, activation=decoder_activation, compute_dtype=compute_dtype)
+        net = ConvNetwork(latent_dim, activation=decoder_activation, compute_dtype=compute_dtype)
         trunk = ConvTrunk(feature_dim, activation=activation, compute_dtype=compute_dtype)
     elif config.architecture == "resconv":
         feature_dim = 450
-        net = ResConvNetwork(LATENT_DIM, compute_dtype=compute_dtype)
+        net = ResConvNetwork(latent_dim, compute_dtype=compute_dtype)
         trunk = ResConvTrunk(feature_dim, compute_dtype=compute_dtype)
     else:
         feature_dim = 300
         net = MLP(
-            (LATENT_DIM, feature_dim, feature_dim, NUM_PIXELS),
+            (latent_dim, feature_dim, feature_dim, NUM_PIXELS),
             activation=decoder_activation,
             compute_dtype=compute_dtype,
         )
         trunk = _mlp_trunk(config, (NUM_PIXELS, feature_dim, feature_dim), mean)
     decoder = BernoulliDecoder(net, mean=mean)
-    return _Parts(trunk, decoder, NUM_PIXELS, LATENT_DIM, feature_dim)
+    return _Parts(trunk, decoder, NUM_PIXELS, latent_dim, feature_dim)
 
 
 def _mlp_trunk(config: Config, sizes: tuple[int, ...], mean: Tensor | None) -> MLP:

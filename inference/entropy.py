@@ -16,20 +16,10 @@ from torch.distributions import Distribution
 from pyro_ardae.evaluate import fit_gaussian
 from pyro_ardae.score import ARDAE
 
-__all__ = ["EnergyFit", "fit_energy", "has_density", "implicit_elbo"]
+__all__ = ["EnergyFit", "fit_energy", "implicit_elbo"]
 
 #: Data points and draws of each in an update of the energy network.
 _BATCH, _DRAWS = 128, 16
-
-
-def has_density(posterior: Distribution) -> bool:
-    """Whether a guide's distribution gives the density of its draws."""
-    try:
-        with torch.no_grad():
-            posterior.log_prob(posterior.sample())
-    except NotImplementedError:
-        return False
-    return True
 
 
 def fit_energy(

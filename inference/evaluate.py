@@ -238,8 +238,8 @@ def evaluate_tight(run: Path, config: Config, vae: VAE, tight: Tight) -> dict[st
     :returns: the figures of :func:`inference.tight.summary`.
     """
     x = build_data(config).subset("test", tight.points, tight.points_seed).to(config.device)
-    with _full_precision(vae):
-        arrays = tight_evaluation(vae, x, tight)
+    with full_precision(vae):
+        arrays = tight_evaluation(vae, x, tight, explicit=config.explicit)
     save(run, arrays, x)
     figures = summary(arrays)
     path = run / "results.json"

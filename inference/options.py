@@ -45,6 +45,8 @@ class Config:
 
     steps: int
     """Training steps at most."""
+    latent_dim: tyro.conf.Suppress[int] = 32
+    """Width of the latent, of each level; fixed by the preset."""
     schedule: Literal["fast", "paper"] = "fast"
     """MNIST: defaults of the options below. "fast" is what was tuned here; "paper" is the paper's
     own optimizer, batches, number of epochs, annealing, averaging and activations."""
@@ -181,7 +183,8 @@ class Config:
         """Data and architecture: the preset's name without the guide."""
         if self.data == "25gaussians":
             return self.data
-        return f"{self.data}-{self.architecture}"
+        narrow = f"-{self.latent_dim}d" if self.latent_dim != 32 else ""
+        return f"{self.data}-{self.architecture}{narrow}"
 
     @property
     def preset(self) -> str:

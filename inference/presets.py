@@ -29,6 +29,7 @@ _TOY = Config(
     architecture="mlp",
     guide="gaussian",
     steps=4500,
+    latent_dim=2,
     batch_size=64,
     num_particles=8,
     learning_rate=2e-3,
@@ -136,6 +137,23 @@ def _presets() -> dict[str, tuple[str, Config]]:
     return presets
 
 
+def _plane_presets() -> dict[str, tuple[str, Config]]:
+    """Two latents, whose posterior can be integrated on a grid and drawn."""
+    config = dataclasses.replace(
+        _MNIST, latent_dim=2, steps=5000, decay_start=2500, decay_steps=2500, average_decay=0.998
+    )
+    # Draws in the plane cost little, and a deviation of the Gaussian's own size is wanted.
+    implicit = {"gain": 0.5, "num_score_samples": 16}
+    guides = {"gaussian": {}, "implicit": implicit}
+    return {
+        f"sbmnist-mlp-2d-{guide}": (
+            f"{_DATA['sbmnist']}, MLP, 2 latents, {_GUIDES[guide][0]}.",
+            dataclasses.replace(config, guide=guide, **changes),
+        )
+        for guide, changes in guides.items()
+    }
+
+
 #: Description and options by name; the figures are those of one core of a server CPU.
 PRESETS: dict[str, tuple[str, Config]] = {
     "25gaussians-implicit": (
@@ -150,6 +168,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     **_presets(),
+    **_plane_presets(),
 }
 
 

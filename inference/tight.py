@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from inference.ais import annealed_importance_sampling, refine_gaussian
-from inference.entropy import fit_energy, has_density, implicit_elbo
+from inference.entropy import fit_energy, implicit_elbo
 from inference.errors import UserError
 from models.vae import VAE
 from pyro_ardae.evaluate import elbo, fit_gaussian
@@ -55,21 +55,23 @@ class Tight:
     """Updates of the energy network, for guides without a density."""
 
 
-def tight_evaluation(vae: VAE, x: Tensor, options: Tight) -> dict[str, np.ndarray]:
+def tight_evaluation(
+    vae: VAE, x: Tensor, options: Tight, *, explicit: bool
+) -> dict[str, np.ndarray]:
     """Evaluates each image; the global random state is left as it was.
 
     :param VAE vae: the model, in full precision.
     :param Tensor x: images, ``[n, X]``.
     :param Tight options: options.
+    :param bool explicit: whether the guide's ELBO can be evaluated, by
+        :meth:`models.vae.VAE.explicit`.
     :returns: arrays ``[n]`` in nats: ``log_px`` by annealed importance sampling, its standard
-        ``error``, ``elbo`` of the guide, and without a density both estimates of it,
+        ``error``, ``elbo`` of the guide, and where it is not explicit both estimates of it,
         ``elbo_energy`` and ``elbo_gaussian``, of which ``elbo`` is the lower one on average.
     """
     parts: dict[str, list[Tensor]] = {}
     with torch.random.fork_rng():
         torch.manual_seed(options.points_seed)
-        with torch.no_grad():
-            explicit = has_density(vae.posterior(x[:1]))
         energy = None
         if not explicit:
             energy = fit_energy(vae.posterior, vae.trunk, x, num_updates=options.energy_updates)
@@ -83,7 +85,7 @@ def tight_evaluation(vae: VAE, x: Tensor, options: Tight) -> dict[str, np.ndarra
                 draws = posterior.sample(torch.Size((options.start_samples,)))
                 start = fit_gaussian(draws)
                 if energy is None:
-                    found = {"elbo": elbo(log_joint, posterior, options.elbo_samples)}
+                    found = {"elbo": elbo(*vae.explicit(chunk), options.elbo_samples)}
                 else:
                     fit = implicit_elbo(
                         log_joint,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,14 @@ from models.guides import GaussianGuide, ImplicitGuide
 from models.vae import VAE
 from tests.inference.conftest import TINY, Program
 
-FAST = Tight(chains=8, temperatures=10, start_samples=256, elbo_samples=1000, energy_updates=20)
+FAST = Tight(
+    chains=4,
+    temperatures=10,
+    refinement_steps=40,
+    start_samples=256,
+    elbo_samples=1000,
+    energy_updates=20,
+)
 SMALL = (
     *("--points", 8, "--chains", 2, "--temperatures", 2, "--leapfrog", 1, "--elbo-samples", 4),
     *("--refinement-steps", 1, "--start-samples", 64, "--energy-updates", 1),
@@ -48,10 +54,8 @@ def linear_vae(head: nn.Module, weight: Tensor) -> VAE:
 
 
 @pytest.mark.parametrize("guide", ["gaussian", "implicit"])
-def test_gap_is_the_divergence_from_the_posterior(
-    guide: str, standard_errors: Callable[[int], float]
-) -> None:
-    weight, x = torch.tensor([[1.0, 0.4], [0.2, 1.0], [0.5, -0.5]]), torch.randn(40, 3)
+def test_gap_is_the_divergence_from_the_posterior(guide: str) -> None:
+    weight, x = torch.tensor([[1.0, 0.4], [0.2, 1.0], [0.5, -0.5]]), torch.randn(20, 3)
     head: nn.Module = GaussianGuide(3, 2)
     if guide == "implicit":  # it starts as its Gaussian base, so the truth is the same
         head = ImplicitGuide(3, 2, noise_dim=4, hidden_dims=(8,))
@@ -62,26 +66,25 @@ def test_gap_is_the_divergence_from_the_posterior(
     exact = evidence.log_prob(x).double().numpy()
     precision = torch.eye(2) + weight.T @ weight
     true = MultivariateNormal(
-        x @ weight @ precision.inverse(), precision_matrix=precision.expand(40, 2, 2)
+        x @ weight @ precision.inverse(), precision_matrix=precision.expand(20, 2, 2)
     )
     q = MultivariateNormal(posterior.mean, scale_tril=torch.diag_embed(posterior.stddev))
     gap = torch.distributions.kl_divergence(q, true).double().mean().item()
 
-    arrays = tight_evaluation(vae, x, FAST)
+    arrays = tight_evaluation(vae, x, FAST, explicit=guide == "gaussian")
     assert np.abs(arrays["log_px"] - exact).max() < 0.02
     found = summary(arrays)
-    # 2000 draws of 40 images: an error of the mean of about 0.01. The entropy of an implicit guide
+    # 1000 draws of 20 images: an error of the mean of about 0.01. The entropy of an implicit guide
     # comes from a fit, whose misfit makes the gap smaller, never much larger.
     assert found["ais_gap"] == pytest.approx(gap, abs=0.05)
     assert ("elbo_energy" in arrays) == (guide == "implicit")
     assert found["ais_chain_error"] < 0.01
-    del standard_errors
 
 
 def test_random_state_is_left_alone() -> None:
     vae = linear_vae(GaussianGuide(3, 2), torch.randn(3, 2))
     before = torch.get_rng_state()
-    one, again = (tight_evaluation(vae, torch.ones(4, 3), FAST) for _ in range(2))
+    one, again = (tight_evaluation(vae, torch.ones(4, 3), FAST, explicit=True) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert np.array_equal(one["log_px"], again["log_px"])
 
@@ -165,7 +168,7 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     assert float(gaussian["score_ms"]) == 0 < float(implicit["score_ms"])
     assert gaussian["against_gaussian"] == ""
     difference = float(implicit["ais_log_px"]) - float(gaussian["ais_log_px"])
-    assert float(implicit["against_gaussian"]) == pytest.approx(difference, rel=1e-3)
+    assert float(implicit["against_gaussian"]) == pytest.approx(difference, abs=2e-3)
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert all(f"| {row} | 0 | 2 |" in table for row in rows)

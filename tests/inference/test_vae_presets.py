@@ -39,6 +39,7 @@ def test_the_rows_of_the_paper_and_their_peers() -> None:
     }
     expected |= {"sbmnist-mlp-sivi", "sbmnist-mlp-avb"}
     expected |= {"sbmnist-mlp2-gaussian", "sbmnist-mlp2-implicit"}
+    expected |= {"sbmnist-mlp-2d-gaussian", "sbmnist-mlp-2d-implicit"}
     assert expected | {"25gaussians-implicit", "25gaussians-gaussian"} == set(PRESETS)
     assert set(PAPER_PRESETS) == expected
     for name, (_, config) in PRESETS.items():
