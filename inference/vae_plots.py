@@ -84,7 +84,7 @@ def log_px_curves(
     axes.set(title=title, xlabel="minutes", ylabel="validation log p(x), nats")
     axes.set_ylim(low, values.max() + 0.05 * (values.max() - low) + 0.1)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")  # "best" is a search, which a slow machine warns of
     return axes
 
 
