@@ -29,6 +29,7 @@ from inference import plots
 from inference.errors import UserError, user_errors
 from inference.evaluate import restore
 from inference.plane_posterior import PlanePosterior, plane_posterior
+from inference.precision import full_precision
 from inference.presets import Config, build_data
 from inference.run import read_metrics
 from models.vae import VAE
@@ -168,7 +169,8 @@ def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Pa
         x = build_data(config).subset("test", options.images, options.seed).to(config.device)
         torch.manual_seed(options.seed)
         # One image at a time: its grid alone has as many latents as a minibatch has pixels.
-        found[run] = [plane_posterior(vae, row, num_draws=options.draws) for row in x.split(1)]
+        with full_precision(vae):  # bf16 logits are noise of tenths of a nat in a log-density
+            found[run] = [plane_posterior(vae, row, num_draws=options.draws) for row in x.split(1)]
     path = options.out / "posteriors.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
