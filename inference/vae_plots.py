@@ -169,7 +169,7 @@ def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Pa
         x = build_data(config).subset("test", options.images, options.seed).to(config.device)
         torch.manual_seed(options.seed)
         # One image at a time: its grid alone has as many latents as a minibatch has pixels.
-        with full_precision(vae):  # bf16 logits are noise of tenths of a nat in a log-density
+        with full_precision(vae):  # rounding to bf16 makes ragged contours
             found[run] = [plane_posterior(vae, row, num_draws=options.draws) for row in x.split(1)]
     path = options.out / "posteriors.csv"
     with path.open("w", newline="") as file:
