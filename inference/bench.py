@@ -16,6 +16,8 @@ between the steps, and the peak memory of each variant: the largest resident set
 its own that takes a few steps, in total and above what it was with all imported.
 
 ``sac`` times soft actor-critic: see :mod:`inference.bench_sac`.
+
+``vae`` trains and compares VAE presets: see :mod:`inference.bench_vae`.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ import tyro
 from pyro.infer import SVI
 
 from inference.bench_sac import Sac, bench_sac, report
+from inference.bench_vae import Vae, bench_vae
 from inference.errors import UserError, user_errors
 from inference.optim import TorchOptim
 from inference.presets import PRESETS, build_loss, build_score_estimator, build_vae
@@ -211,9 +214,9 @@ def _peak() -> int:
 def main() -> None:
     """Runs a benchmark."""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"step": _step_main, "sac": _sac_main, "memory": _memory_main},
+        {"step": _step_main, "sac": _sac_main, "vae": _vae_main, "memory": _memory_main},
         prog="python -m inference.bench",
-        description="Benchmarks; `step` and `sac` are the ones to run.",
+        description="Benchmarks; `step`, `sac` and `vae` are the ones to run.",
     )
     del options
 
@@ -256,6 +259,14 @@ def _sac_main(options: Annotated[Sac, tyro.conf.arg(name="")]) -> None:
         # A global of the process, which this program owns.
         torch.set_num_threads(options.threads)
         report(bench_sac(options), options.json)
+
+
+def _vae_main(options: Annotated[Vae, tyro.conf.arg(name="")]) -> None:
+    """Trains VAE presets at one wall-clock budget each and compares them."""
+    with user_errors():
+        # A global of the process, which this program owns.
+        torch.set_num_threads(options.threads)
+        bench_vae(options)
 
 
 def _memory_main(options: Annotated[Memory, tyro.conf.arg(name="")]) -> None:

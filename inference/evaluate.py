@@ -5,13 +5,19 @@
 
 With the seed and the numbers of samples of the run it gives the recorded figures exactly (same
 machine, same number of threads); other numbers of samples can be asked for.
+
+With ``--ais`` it estimates log p(x) tightly instead, by annealed importance sampling, and the
+posterior gap, log p(x) less the guide's ELBO, on a random subset of the test images; it writes both
+to ``results.json`` of the run and the figures of each image to ``ais.npz``. ``--against OTHER``
+gives the difference to another run that was evaluated so, with its standard error over images.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,14 +27,24 @@ from torch import Tensor
 
 from inference.data import Dataset
 from inference.errors import UserError, user_errors
+from inference.precision import full_precision
 from inference.presets import Config, build_data, build_vae
 from inference.run import RunFolder
+from inference.tight import Tight, load, paired, save, summary, tight_evaluation
 from models import toy
-from models.networks import MLP
 from models.vae import VAE
 from pyro_ardae.evaluate import elbo, fitted_gaussian_log_marginal, log_marginal_from_guide
 
-__all__ = ["Evaluation", "describe", "evaluate", "final_evaluation", "main", "restore"]
+__all__ = [
+    "Evaluation",
+    "describe",
+    "describe_tight",
+    "evaluate",
+    "evaluate_tight",
+    "final_evaluation",
+    "main",
+    "restore",
+]
 
 #: Data points whose importance samples are taken at once: bounds the memory.
 POINTS_AT_ONCE = 100
@@ -52,6 +68,12 @@ class Evaluation:
     """Folder of binarized_mnist.npz; as in the run by default."""
     threads: int | None = None
     """CPU threads of torch; as in the run by default."""
+    ais: bool = False
+    """Estimate log p(x) by annealed importance sampling, and the posterior gap."""
+    tight: Annotated[Tight, tyro.conf.arg(name="")] = field(default_factory=Tight)
+    """Options of --ais."""
+    against: Path | None = None
+    """Run folder to compare with, evaluated with --ais too."""
 
 
 @torch.no_grad()
@@ -74,7 +96,9 @@ def evaluate(
       ``guide_samples`` draws of the guide, mixed with the prior by ``prior_weight``
       (:func:`pyro_ardae.evaluate.fitted_gaussian_log_marginal`); ``log_px_se`` its standard error;
     - ``log_px_own``, ``elbo`` and their ``_se``: the same with an explicit guide's own posterior as
-      the proposal (unless not ``own``), and its evidence lower bound (16 draws);
+      the proposal (unless not ``own``), and its evidence lower bound (16 draws), as
+      :meth:`models.vae.VAE.explicit` has them: of the joint with the auxiliary latent where there
+      is one, and with the bound on the density of a semi-implicit guide;
     - ``aggregate_std``: standard deviation of all latents drawn, averaged over dimensions (1 is the
       prior's); ``point_std``: standard deviation of one data point's, averaged likewise.
 
@@ -82,7 +106,7 @@ def evaluate(
     """
     totals: dict[str, list[Tensor]] = {"log_px": []}
     latents, point_variances = [], []
-    with torch.random.fork_rng(), _full_precision(vae):
+    with torch.random.fork_rng(), full_precision(vae):
         torch.manual_seed(seed)
         for chunk in x.split(POINTS_AT_ONCE):
 
@@ -98,11 +122,12 @@ def evaluate(
                     log_joint, draws, num_samples, prior_weight=prior_weight
                 )
             )
-            if explicit and own:
-                log_px_own = log_marginal_from_guide(log_joint, posterior, num_samples)
-                totals.setdefault("log_px_own", []).append(log_px_own)
             if explicit:
-                totals.setdefault("elbo", []).append(elbo(log_joint, posterior, 16))
+                joint, guide = vae.explicit(chunk)
+                if own:
+                    log_px_own = log_marginal_from_guide(joint, guide, num_samples)
+                    totals.setdefault("log_px_own", []).append(log_px_own)
+                totals.setdefault("elbo", []).append(elbo(joint, guide, 16))
     result: dict[str, float] = {}
     for name, parts in totals.items():
         values = torch.cat(parts).double()
@@ -119,7 +144,7 @@ def final_evaluation(config: Config, vae: VAE, data: Dataset) -> dict[str, float
     figures = evaluate(
         vae,
         x,
-        explicit=config.guide == "gaussian",
+        explicit=config.explicit,
         num_samples=config.test_samples,
         guide_samples=config.guide_samples,
         prior_weight=config.prior_weight,
@@ -130,7 +155,7 @@ def final_evaluation(config: Config, vae: VAE, data: Dataset) -> dict[str, float
         "test_samples": config.test_samples,
         "guide_samples": config.guide_samples,
     }
-    if config.task == "25gaussians":
+    if config.data == "25gaussians":
         figures |= _modes(vae, config.seed)
     return figures
 
@@ -156,22 +181,6 @@ def _modes(vae: VAE, seed: int) -> dict[str, float]:
         "smallest_mode": int(counts.min()) / len(samples),
         "near_a_mode": len(near) / len(samples),
     }
-
-
-class _full_precision:
-    """Turns the lower precision of the networks' matrix products off."""
-
-    def __init__(self, vae: VAE) -> None:
-        self.networks = [module for module in vae.modules() if isinstance(module, MLP)]
-
-    def __enter__(self) -> None:
-        self.dtypes = [network.compute_dtype for network in self.networks]
-        for network in self.networks:
-            network.compute_dtype = None
-
-    def __exit__(self, *exception: object) -> None:
-        for network, dtype in zip(self.networks, self.dtypes, strict=True):
-            network.compute_dtype = dtype
 
 
 def describe(config: Config, figures: dict[str, float]) -> str:
@@ -219,20 +228,64 @@ def restore(run: Path, **changes: Any) -> tuple[Config, VAE]:
     return config, vae
 
 
+def evaluate_tight(run: Path, config: Config, vae: VAE, tight: Tight) -> dict[str, float]:
+    """Tight log p(x) and posterior gap of a run, written to its folder.
+
+    :param Path run: the run folder.
+    :param Config config: its options.
+    :param VAE vae: its model.
+    :param Tight tight: options of the estimate.
+    :returns: the figures of :func:`inference.tight.summary`.
+    """
+    x = build_data(config).subset("test", tight.points, tight.points_seed).to(config.device)
+    with full_precision(vae):
+        arrays = tight_evaluation(vae, x, tight, explicit=config.explicit)
+    save(run, arrays, x)
+    figures = summary(arrays)
+    path = run / "results.json"
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    settings = {"ais_options": dataclasses.asdict(tight)}
+    RunFolder(run, ()).write_json("results.json", {**recorded, **settings, **figures})
+    return figures
+
+
+def describe_tight(tight: Tight, figures: dict[str, float], *, density: bool) -> str:
+    """The figures of :func:`evaluate_tight` in words."""
+    return (
+        f"test log p(x) {figures['ais_log_px']:.3f} ± {figures['ais_log_px_se']:.3f} nats by "
+        f"annealed importance sampling ({figures['ais_points']} images, {tight.chains} chains of "
+        f"{tight.temperatures} temperatures; error of the chains "
+        f"{figures['ais_chain_error']:.3f}, bias about {figures['ais_bias']:.3f})\n"
+        f"ELBO {figures['ais_elbo']:.3f}, posterior gap {figures['ais_gap']:.3f} ± "
+        f"{figures['ais_gap_se']:.3f} nats"
+        + ("" if density else " (ELBO too high, gap too small, by the misfit of the entropy)")
+    )
+
+
 def main() -> None:
     """Evaluates a run again."""
     options = tyro.cli(Evaluation, prog="python -m inference.evaluate", description=__doc__)
     with user_errors():
+        own = {"run", "ais", "tight", "against"}
         given = {
             key: value
             for key, value in dataclasses.asdict(options).items()
-            if key != "run" and value is not None
+            if key not in own and value is not None
         }
         config, vae = restore(options.run, **given)
         if config.threads is not None:
             # A global of the process, which this program owns.
             torch.set_num_threads(config.threads)
-        print(describe(config, final_evaluation(config, vae, build_data(config))))
+        if options.ais:
+            figures = evaluate_tight(options.run, config, vae, options.tight)
+            density = "elbo_energy" not in load(options.run)
+            print(describe_tight(options.tight, figures, density=density))
+        else:
+            print(describe(config, final_evaluation(config, vae, build_data(config))))
+        if options.against is not None:
+            one, other = load(options.run), load(options.against)
+            mean, error = paired(one, other)
+            print(f"log p(x) {mean:+.3f} ± {error:.3f} nats against {options.against}")
 
 
 if __name__ == "__main__":

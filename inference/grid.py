@@ -30,7 +30,16 @@ from torch import Tensor
 
 from models.energies import Energy
 
-__all__ = ["LIMIT", "Divergence", "cell_log_masses", "count", "divergence", "modes", "sample"]
+__all__ = [
+    "LIMIT",
+    "Divergence",
+    "cell_divergence",
+    "cell_log_masses",
+    "count",
+    "divergence",
+    "modes",
+    "sample",
+]
 
 #: The grid covers [-LIMIT, LIMIT]^2; 1e-8 of the mass of the energies lies outside.
 LIMIT = 10.0
@@ -90,7 +99,7 @@ def count(draws: Iterable[Tensor]) -> Tensor:
 def divergence(counts: Tensor, energy: Energy) -> Divergence:
     """KL(q||p) and modes from the counts of draws of q."""
     log_masses = cell_log_masses(energy)
-    kl, correction = _kl(counts, log_masses)
+    kl, correction = cell_divergence(counts, log_masses)
     coarse = (SIZE // 2, 2, SIZE // 2, 2)
     coarse_masses = log_masses.reshape(coarse).logsumexp((1, 3))
     coarse_counts = counts.reshape(coarse).sum((1, 3))
@@ -101,7 +110,7 @@ def divergence(counts: Tensor, energy: Energy) -> Divergence:
     )
     return Divergence(
         kl=kl,
-        kl_coarse=_kl(coarse_counts, coarse_masses)[0],
+        kl_coarse=cell_divergence(coarse_counts, coarse_masses)[0],
         correction=correction,
         shares=tuple(shares.tolist()),
         expected=tuple(expected.tolist()),
@@ -141,7 +150,8 @@ def sample(energy: Energy, num_draws: int, generator: torch.Generator) -> Tensor
     return (corner + within) * (2 * LIMIT / SIZE) - LIMIT
 
 
-def _kl(counts: Tensor, log_masses: Tensor) -> tuple[float, float]:
+def cell_divergence(counts: Tensor, log_masses: Tensor) -> tuple[float, float]:
+    """KL from the counts of draws in cells to the cells' masses, and the correction in it."""
     total = float(counts.sum())
     hit = counts > 0
     share = counts[hit] / total

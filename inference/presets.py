@@ -1,161 +1,35 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Options and presets of the VAE programs, and what is built from them."""
+"""Presets of the VAE programs, a row of a benchmark table each, and which options apply to them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import torch
-import tyro
-from pyro.infer import ELBO, Trace_ELBO
-from torch import Tensor
-
-from inference.data import BinarizedMNIST, Dataset, ToyData, load_binarized_mnist
+from inference.build import build_data, build_loss, build_score_estimator, build_vae
 from inference.errors import UserError
-from models.guides import GaussianGuide, ImplicitGuide
-from models.mnist import LATENT_DIM, NUM_PIXELS, BernoulliDecoder
-from models.networks import ACTIVATIONS, MLP
-from models.toy import NormalDecoder
-from models.vae import VAE
-from pyro_ardae import ARDAE, TraceImplicit_ELBO
+from inference.options import MAY_DIFFER, SCORED, Config
 
-__all__ = ["MAY_DIFFER", "PRESETS", "Config", "build_data", "build_loss", "build_vae"]
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options of a VAE run; each preset sets its own defaults."""
-
-    task: tyro.conf.Suppress[Literal["25gaussians", "sbmnist-mlp"]]
-    """Data and decoder; fixed by the preset."""
-    guide: tyro.conf.Suppress[Literal["implicit", "gaussian"]]
-    """The guide, with or without a density; fixed by the preset."""
-
-    steps: int
-    """Training steps at most."""
-    budget_seconds: float | None = None
-    """Stop after this much wall-clock time of training, validation included."""
-    seed: int = 0
-    """Seed of everything."""
-    device: str = "cpu"
-    """Torch device."""
-    threads: int | None = None
-    """CPU threads of torch; its own choice by default."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the matrix products while training; evaluation is in fp32. By default bf16 where
-    the CPU computes in it, fp32 elsewhere."""
-    data_dir: Path | None = None
-    """Folder of binarized_mnist.npz; PYRO_ARDAE_DATA or ./data by default."""
-    out: Path | None = None
-    """Run folder; runs/PRESET-seedN by default."""
-    resume: Path | None = None
-    """Run folder to go on with, given with the options of that run."""
-
-    batch_size: int = 128
-    """Data points of a minibatch."""
-    learning_rate: float = 5e-4
-    """Step size of Adam."""
-    decoder_learning_rate: float | None = None
-    """Step size for the decoder; that of the rest by default."""
-    num_particles: int = 1
-    """Draws of the guide per data point and step."""
-    decoder_activation: Literal["silu", "elu", "relu", "softplus", "tanh"] | None = None
-    """Activation of the decoder; that of the rest by default."""
-    decoder_input_scale: float = 1.0
-    """25 Gaussians: factor on the latent before the decoder's first layer."""
-    activation: Literal["silu", "elu", "relu", "softplus"] = "silu"
-    """Activation of all networks."""
-    average_decay: float = 0.9998
-    """Decay of the Polyak average of the weights, which is what is evaluated; 0 turns it off."""
-    beta_start: float = 1.0
-    """Weight of the KL terms at the first step, in (0, 1]."""
-    beta_steps: int = 0
-    """Steps over which that weight rises to 1, geometrically."""
-    decay_start: int = 0
-    """Step at which the step size begins to fall."""
-    decay_steps: int = 0
-    """Steps over which it falls linearly to a hundredth; 0 keeps it constant."""
-    adam_eps: float = 1e-8
-    """Adam's epsilon. Gradients, of the sum over the minibatch, that are smaller count for less."""
-    clip_norm: float | None = None
-    """Largest norm of the gradient; not clipped by default."""
-
-    noise_dim: int = 100
-    """Implicit guide: width of the noise."""
-    gaussian_base: bool = True
-    """Implicit guide: whether the sampler deviates from a Gaussian, or is a network throughout."""
-    deviation_decay: float = 0.0
-    """Implicit guide: weight decay of the deviation's network, per unit of step size. The scale of
-    the deviation and that of the Gaussian make up for each other, and without a decay the one
-    drifts upwards with the lag of the score."""
-    gain: float = 0.1
-    """Implicit guide: factor on the deviation from the Gaussian, by whose square it learns slower
-    than the rest."""
-    score_hidden_dim: int = 48
-    """Implicit guide: width of the score network."""
-    score_learning_rate: float = 4e-3
-    """Implicit guide: step size of the score network."""
-    score_folds: int = 4
-    """Implicit guide: parts into which an update of the score network cuts the samples."""
-    score_whitening: Literal["pooled", "centered", "diagonal", "none"] = "pooled"
-    """Implicit guide: coordinates of the score network. With ``gaussian_base`` its input has a
-    Gaussian's location and scale taken out already: "centered" needs fewer samples then."""
-    score_steps: int | None = None
-    """Implicit guide: optimizer steps of an update, each on one part; on all by default."""
-    num_score_samples: int = 16
-    """Implicit guide: samples per data point in an update of the score network."""
-    num_score_updates: int = 1
-    """Implicit guide: updates of the score network per step."""
-
-    valid_every: int = 2000
-    """Steps between validations."""
-    valid_points: int = 1000
-    """Data points of a validation."""
-    valid_samples: int = 100
-    """Importance samples per data point of a validation."""
-    test_points: int | None = None
-    """Data points of the final evaluation, a seeded random subset; all by default."""
-    test_samples: int = 500
-    """Importance samples per data point of the final evaluation."""
-    guide_samples: int = 512
-    """Guide samples per data point that the Gaussian proposal is fitted to."""
-    prior_weight: float = 0.0
-    """Weight of the prior in the proposal; needed where posteriors have several modes."""
-    checkpoint_every: int = 2000
-    """Steps between checkpoints."""
-
-    @property
-    def compute_dtype(self) -> torch.dtype | None:
-        """Dtype of the matrix products while training; the parameters' own for ``None``."""
-        native = torch.cpu.get_capabilities()
-        fast = bool(native.get("avx512_bf16") or native.get("amx_bf16"))
-        auto = self.precision == "auto" and self.device == "cpu" and fast
-        return torch.bfloat16 if auto or self.precision == "bf16" else None
-
-    @property
-    def preset(self) -> str:
-        """Name of the preset."""
-        return f"{self.task}-{self.guide}"
-
-
-#: Options that a resumed run may change: none of them changes a step.
-MAY_DIFFER = (
-    *("steps", "budget_seconds", "device", "threads", "data_dir", "out", "resume"),
-    *("valid_every", "valid_points", "valid_samples", "checkpoint_every"),
-    *("test_points", "test_samples", "guide_samples", "prior_weight"),
-)
+__all__ = [
+    "MAY_DIFFER",
+    "PAPER_PRESETS",
+    "PRESETS",
+    "Config",
+    "build_data",
+    "build_loss",
+    "build_score_estimator",
+    "build_vae",
+    "check",
+]
 
 _TOY = Config(
-    task="25gaussians",
+    data="25gaussians",
+    architecture="mlp",
     guide="gaussian",
     steps=4500,
+    latent_dim=2,
     batch_size=64,
     num_particles=8,
     learning_rate=2e-3,
@@ -181,7 +55,8 @@ _TOY = Config(
     prior_weight=0.5,
 )
 _MNIST = Config(
-    task="sbmnist-mlp",
+    data="sbmnist",
+    architecture="mlp",
     guide="gaussian",
     steps=16_000,
     batch_size=256,
@@ -193,6 +68,91 @@ _MNIST = Config(
     decay_start=8000,
     decay_steps=8000,
 )
+
+_DATA = {"sbmnist": "Statically binarized MNIST", "dbmnist": "Dynamically binarized MNIST"}
+
+#: Name in the description, and the options that differ from the MLP's.
+_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mlp": ("MLP", {}),
+    "conv": ("Conv", {}),
+    "resconv": ("ResConv", {}),
+    # A latent of 64 dimensions in all: the covariance of the proposal takes more draws.
+    "mlp2": ("MLP, two levels of latents", {"guide_samples": 1024}),
+}
+
+_SCORE = {
+    "deviation_decay": 0.2,
+    "score_whitening": "centered",
+    "num_score_samples": 4,
+    "score_folds": 1,
+    "score_steps": 1,
+}
+
+#: Name in the description, and the options that differ from the Gaussian guide's.
+_GUIDES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gaussian": ("diagonal Gaussian guide", {}),
+    "fullcov": ("full-covariance Gaussian guide", {}),
+    "auxiliary": ("guide with an auxiliary latent (HVI)", {}),
+    "flow": ("inverse autoregressive flow guide", {}),
+    "implicit": ("implicit guide", _SCORE),
+    "hierarchical-implicit": ("hierarchical implicit guide", _SCORE),
+    "sivi": ("semi-implicit guide (SIVI)", {}),
+    "avb": ("implicit guide by adversarial variational Bayes", _SCORE),
+}
+
+#: What was measured, by preset.
+_MEASURED = {
+    "sbmnist-mlp-implicit": "Validation log p(x) -96.0 after 2,000 steps, -90.7 after 10,000.",
+    "sbmnist-mlp-gaussian": "Test ELBO -92.9, log p(x) -89.1 (all images, 500 samples of its own "
+    "posterior) after 13,600 steps, 5 minutes of one core.",
+}
+
+
+def _rows() -> list[tuple[str, str, str]]:
+    """Data, architecture and guide of every MNIST preset."""
+    of_the_paper = list(_GUIDES)[:6]
+    rows = [
+        (data, architecture, guide)
+        for data in _DATA
+        for architecture in ("mlp", "conv", "resconv")
+        for guide in of_the_paper
+    ]
+    rows += [("sbmnist", "mlp", guide) for guide in list(_GUIDES)[6:]]
+    return [*rows, *(("sbmnist", "mlp2", guide) for guide in ("gaussian", "implicit"))]
+
+
+def _presets() -> dict[str, tuple[str, Config]]:
+    presets = {}
+    for data, architecture, guide in _rows():
+        of_architecture, changes = _ARCHITECTURES[architecture]
+        of_guide, of_guide_changes = _GUIDES[guide]
+        config = dataclasses.replace(
+            _MNIST,
+            **{"data": data, "architecture": architecture, "guide": guide},
+            **{**changes, **of_guide_changes},
+        )
+        description = f"{_DATA[data]}, {of_architecture}, {of_guide}."
+        measured = _MEASURED.get(config.preset)
+        presets[config.preset] = (f"{description} {measured or ''}".strip(), config)
+    return presets
+
+
+def _plane_presets() -> dict[str, tuple[str, Config]]:
+    """Two latents, whose posterior can be integrated on a grid and drawn."""
+    config = dataclasses.replace(
+        _MNIST, latent_dim=2, steps=5000, decay_start=2500, decay_steps=2500, average_decay=0.998
+    )
+    # Draws in the plane cost little, and a deviation of the Gaussian's own size is wanted.
+    implicit = {"gain": 0.5, "num_score_samples": 16}
+    guides = {"gaussian": {}, "implicit": implicit}
+    return {
+        f"sbmnist-mlp-2d-{guide}": (
+            f"{_DATA['sbmnist']}, MLP, 2 latents, {_GUIDES[guide][0]}.",
+            dataclasses.replace(config, guide=guide, **changes),
+        )
+        for guide, changes in guides.items()
+    }
+
 
 #: Description and options by name; the figures are those of one core of a server CPU.
 PRESETS: dict[str, tuple[str, Config]] = {
@@ -207,110 +167,86 @@ PRESETS: dict[str, tuple[str, Config]] = {
             _TOY, steps=10_800, beta_steps=2400, decay_start=4800, decay_steps=6000
         ),
     ),
-    "sbmnist-mlp-implicit": (
-        "Binarized MNIST, MLP, implicit guide. Validation log p(x) -96.0 after 2,000 steps, -90.7 "
-        "after 10,000, which take 5 minutes of one core.",
-        dataclasses.replace(
-            _MNIST,
-            guide="implicit",
-            steps=10_000,
-            deviation_decay=0.2,
-            score_whitening="centered",
-            num_score_samples=4,
-            score_folds=1,
-            score_steps=1,
+    **_presets(),
+    **_plane_presets(),
+}
+
+
+def _paper(config: Config) -> Config:
+    """A preset with the paper's schedule: 6,400 epochs of 390 minibatches."""
+    residual = config.architecture == "resconv"
+    return dataclasses.replace(
+        config,
+        schedule="paper",
+        steps=6400 * 390,
+        batch_size=128,
+        learning_rate=1e-3 if residual else 1e-4,
+        adam_beta1=0.9 if residual else 0.5,
+        adam_eps=1e-8,
+        activation="elu" if residual else "softplus",
+        beta_start=1e-4,
+        beta_steps=50_000,
+        average_decay=0.998 if config.data == "sbmnist" else 0.0,
+        decay_start=0,
+        decay_steps=0,
+        valid_every=20_000,
+        checkpoint_every=20_000,
+    )
+
+
+#: The MNIST presets with ``--schedule paper``.
+PAPER_PRESETS = {
+    name: (description, _paper(config))
+    for name, (description, config) in PRESETS.items()
+    if config.data != "25gaussians"
+}
+
+_DEVIATING = ("implicit", "hierarchical-implicit", "avb", "auxiliary", "sivi")
+
+#: Guides that read an option; all guides where it is not listed.
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "noise_dim": ("implicit", "avb"),
+    "gaussian_base": ("implicit", "avb"),
+    "auxiliary_dim": ("hierarchical-implicit", "auxiliary", "sivi"),
+    "num_mixing": ("sivi",),
+    "flow_transforms": ("flow",),
+    "deviation_decay": _DEVIATING,
+    "gain": _DEVIATING,
+    **dict.fromkeys(
+        (
+            *("score_hidden_dim", "score_learning_rate", "score_folds", "score_whitening"),
+            *("score_steps", "num_score_samples", "num_score_updates"),
         ),
-    ),
-    "sbmnist-mlp-gaussian": (
-        "Binarized MNIST, MLP, Gaussian guide. Test ELBO -92.9, log p(x) -89.1 (all images, 500 "
-        "samples of its own posterior) after 5 minutes of one core, then 3 of evaluation.",
-        _MNIST,
+        SCORED,
     ),
 }
 
 
-def build_vae(config: Config, mean: Tensor | None = None, *, name: str = "vae") -> VAE:
-    """Builds model and guide.
+def check(config: Config) -> None:
+    """Refuses options that a run would ignore.
 
-    :param mean: mean of the training data, ``[X]``, at which trunk and decoder start.
-    :param name: as in :class:`models.vae.VAE`.
+    :raises UserError: if an option that the preset does not read differs from the preset's default.
     """
-    if not 0 < config.beta_start <= 1:
-        raise UserError(f"--beta-start: expected a weight in (0, 1], found {config.beta_start}")
-    activation = ACTIVATIONS[config.activation]
-    compute_dtype = config.compute_dtype
-    if config.task == "25gaussians":
-        data_dim, latent_dim, hidden = 2, 2, 128
-        decoder: torch.nn.Module = NormalDecoder(
-            latent_dim,
-            hidden_dims=(hidden, hidden),
-            activation=ACTIVATIONS[config.decoder_activation or config.activation],
-            input_scale=config.decoder_input_scale,
+    presets = PAPER_PRESETS if config.schedule == "paper" else PRESETS
+    if config.preset not in presets:
+        raise UserError(
+            f"--schedule {config.schedule}: expected an MNIST preset, found {config.preset}"
         )
-    else:
-        data_dim, latent_dim, hidden = NUM_PIXELS, LATENT_DIM, 300
-        decoder = BernoulliDecoder(
-            latent_dim,
-            activation=ACTIVATIONS[config.decoder_activation or config.activation],
-            mean=mean,
-            compute_dtype=compute_dtype,
+    default = presets[config.preset][1]
+    toy, residual = config.data == "25gaussians", config.architecture == "resconv"
+    unread = {name for name, guides in _READ_BY.items() if config.guide not in guides}
+    unread |= {"images", "download"} if config.data != "dbmnist" else set()
+    unread |= {"train_on_valid"} if toy else {"decoder_input_scale"}
+    unread |= {"activation", "decoder_activation"} if residual else set()
+    for name in sorted(unread):
+        if getattr(config, name) != getattr(default, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: {config.preset} does not read it, expected it to be "
+                f"left out, found {getattr(config, name)!r}"
+            )
+    if config.train_on_valid and config.budget_seconds is not None:
+        raise UserError(
+            "--train-on-valid: expected a fixed number of --steps, found --budget-seconds"
         )
-    trunk = MLP(
-        (data_dim, hidden, hidden),
-        activation=activation,
-        activate_output=True,
-        mean=mean,
-        compute_dtype=compute_dtype,
-    )
-    head: torch.nn.Module
-    if config.guide == "gaussian":
-        head = GaussianGuide(hidden, latent_dim)
-    else:
-        head = ImplicitGuide(
-            hidden,
-            latent_dim,
-            noise_dim=config.noise_dim,
-            hidden_dims=(128, 128) if config.gaussian_base else (hidden, hidden),
-            activation=ACTIVATIONS["silu"] if config.gaussian_base else activation,
-            gaussian_base=config.gaussian_base,
-            gain=config.gain,
-            compute_dtype=compute_dtype,
-        )
-    vae = VAE(trunk, head, decoder, latent_dim=latent_dim, name=name)
-    return vae.to(config.device)
-
-
-def build_score_estimator(config: Config) -> Callable[[int, int], ARDAE]:
-    """What builds the score estimator of an implicit guide: ``(dim, context_dim)`` to it."""
-    return partial(
-        ARDAE,
-        hidden_dim=config.score_hidden_dim,
-        learning_rate=config.score_learning_rate,
-        num_folds=config.score_folds,
-        num_steps=config.score_steps,
-        whitening=config.score_whitening,
-    )
-
-
-def build_loss(config: Config) -> ELBO:
-    """Builds the loss for :class:`pyro.infer.SVI`."""
-    particles = {
-        "num_particles": config.num_particles,
-        "vectorize_particles": config.num_particles > 1,
-        "max_plate_nesting": 1,
-    }
-    if config.guide == "gaussian":
-        return Trace_ELBO(**particles)
-    return TraceImplicit_ELBO(
-        build_score_estimator(config),
-        **particles,
-        num_score_samples=config.num_score_samples,
-        num_score_updates=config.num_score_updates,
-    )
-
-
-def build_data(config: Config) -> Dataset:
-    """Loads the data."""
-    if config.task == "25gaussians":
-        return ToyData(config.batch_size, config.seed)
-    return BinarizedMNIST(load_binarized_mnist(config.data_dir), config.batch_size, config.seed)
+    if config.precision == "tf32" and not config.device.startswith("cuda"):
+        raise UserError(f"--precision tf32: expected a CUDA device, found {config.device}")

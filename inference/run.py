@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import pickle
 import platform
@@ -34,7 +35,7 @@ import torch
 
 from inference.errors import UserError
 
-__all__ = ["RunFolder", "load_rng_state", "rng_state"]
+__all__ = ["RunFolder", "load_rng_state", "read_metrics", "rng_state"]
 
 PACKAGES = ("torch", "pyro-ppl", "numpy", "matplotlib", "tyro")
 
@@ -203,6 +204,20 @@ class RunFolder:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: expected a checkpoint, found: {reason}") from None
         return state
+
+
+def read_metrics(path: Path) -> dict[str, list[float]]:
+    """The columns of a run's metrics.csv; nan where a row has nothing.
+
+    :raises UserError: if there is none.
+    """
+    try:
+        with (path / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"{path}: expected a run folder, found: {error}") from None
+    columns = rows[0] if rows else {}
+    return {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in columns}
 
 
 def rng_state() -> dict[str, Any]:

@@ -9,8 +9,6 @@ over its seeds.
 
 from __future__ import annotations
 
-import csv
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,29 +24,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from inference import plots
-from inference.errors import UserError, user_errors
+from inference.errors import user_errors
 from inference.replay import Replay
 from inference.rollout import evaluate
-from inference.run import RunFolder
+from inference.run import RunFolder, read_metrics
 from inference.sac_agent import Agent
 from inference.sac_presets import Config
 from models.environments import MultiGoal
 
-__all__ = ["action_density", "draw_run", "learning_curves", "main", "read_metrics", "trajectories"]
-
-
-def read_metrics(path: Path) -> dict[str, list[float]]:
-    """The columns of a run's metrics.csv; nan where a row has nothing.
-
-    :raises UserError: if there is none.
-    """
-    try:
-        with (path / "metrics.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(f"{path}: expected a run folder, found: {error}") from None
-    columns = rows[0] if rows else {}
-    return {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in columns}
+__all__ = ["action_density", "draw_run", "learning_curves", "main", "trajectories"]
 
 
 def learning_curves(
@@ -57,7 +41,7 @@ def learning_curves(
     """Draws evaluation return against steps: the mean over seeds, and their range.
 
     :param Axes axes: where to draw.
-    :param runs: by label the metrics of each seed, see :func:`read_metrics`.
+    :param runs: by label the metrics of each seed, see :func:`inference.run.read_metrics`.
     :param str title: title.
     """
     for label, seeds in runs.items():

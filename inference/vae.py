@@ -8,21 +8,27 @@ Examples::
     python -m inference.vae 25gaussians-implicit --seed 1
     python -m inference.vae sbmnist-mlp-gaussian --budget-seconds 300 --precision bf16
     python -m inference.vae sbmnist-mlp-gaussian --resume runs/sbmnist-mlp-gaussian-seed0
+    python -m inference.vae dbmnist-resconv-implicit --schedule paper --device cuda
+    python -m inference.vae sbmnist-conv-flow --steps 12000 --train-on-valid
 
 Columns of metrics.csv, one row for each validation:
 
-- ``loss``: mean of the training loss per data point since the last row, in nats. With the implicit
-  guide it lacks the guide's entropy: it is no bound, and not to be compared across guides;
-- ``valid_log_px``, its standard error ``valid_log_px_se``, and with the Gaussian guide
-  ``valid_elbo``: of the averaged weights, see :func:`inference.evaluate.evaluate`;
+- ``loss``: mean of the training loss per data point since the last row, in nats. With a guide
+  without a density it lacks the guide's entropy: it is no bound, and not to be compared across
+  guides;
+- ``valid_log_px``, its standard error ``valid_log_px_se``, and with a guide that has one
+  ``valid_elbo``: of the averaged weights, see :func:`inference.evaluate.evaluate`; empty with
+  ``--train-on-valid``;
 - ``aggregate_std``, ``point_std``: standard deviations of the latents, ibidem;
-- ``score_loss``, ``stein``: of the score estimator, see ``TraceImplicit_ELBO.diagnostics``;
+- ``score_loss``, ``stein``: of the score estimator, see ``TraceImplicit_ELBO.diagnostics``; means
+  over the sites;
 - ``beta``: weight of the KL terms; ``seconds``: wall-clock time of training, validation included.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -37,11 +43,22 @@ from tqdm import tqdm
 
 from inference import plots
 from inference.data import Dataset
-from inference.errors import user_errors
+from inference.errors import UserError, user_errors
 from inference.evaluate import describe, evaluate, final_evaluation
 from inference.optim import TorchOptim
-from inference.presets import MAY_DIFFER, PRESETS, Config, build_data, build_loss, build_vae
+from inference.precision import process_precision
+from inference.presets import (
+    MAY_DIFFER,
+    PAPER_PRESETS,
+    PRESETS,
+    Config,
+    build_data,
+    build_loss,
+    build_vae,
+    check,
+)
 from inference.run import RunFolder, load_rng_state, rng_state
+from inference.surrogate import surrogate_loss
 from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
 
@@ -72,25 +89,37 @@ class Training:
         self.data = data
         self.vae = build_vae(config, data.mean)
         self.loss: ELBO = build_loss(config)
-        decoder_rate = config.decoder_learning_rate or config.learning_rate
-        deviation = self.vae.head.deviation_parameters() if config.deviation_decay else []
-        decaying = {id(p) for p in deviation}
-        rest = [*self.vae.trunk.parameters(), *self.vae.head.parameters()]
-        groups = [
-            {"params": [p for p in rest if id(p) not in decaying], "lr": config.learning_rate},
-            {"params": [*self.vae.decoder.parameters()], "lr": decoder_rate},
-        ]
-        if deviation:
-            decay = {"lr": config.learning_rate, "weight_decay": config.deviation_decay}
-            groups.append({"params": deviation, **decay})
-        self.rates = [group["lr"] for group in groups]
-        adam = torch.optim.AdamW(groups, eps=config.adam_eps, weight_decay=0.0, fused=True)
-        self.optim = TorchOptim(self.vae, adam, clip_norm=config.clip_norm)
+        self.optim = TorchOptim(self.vae, self._adam(), clip_norm=config.clip_norm)
+        self.rates = [group["lr"] for group in self.optim.optimizer.param_groups]
         self.svi = SVI(self.vae.model, self.vae.guide, self.optim, loss=self.loss)
         self.average = AveragedModel(self.vae, multi_avg_fn=self._average)
         self.steps_done = 0
         self.seconds = 0.0
         self.best_valid = -float("inf")
+
+    def _adam(self) -> torch.optim.Optimizer:
+        config, vae = self.config, self.vae
+        deviations = [
+            module.deviation_parameters()
+            for module in vae.modules()
+            if config.deviation_decay and hasattr(module, "deviation_parameters")
+        ]
+        deviation = [p for parameters in deviations for p in parameters]
+        decoder = [*vae.decoder.parameters()]
+        apart = {id(p) for p in (*deviation, *decoder)}
+        rate, decay = config.learning_rate, config.deviation_decay
+        groups = [
+            {"params": [p for p in vae.parameters() if id(p) not in apart], "lr": rate},
+            {"params": decoder, "lr": config.decoder_learning_rate or rate},
+            {"params": deviation, "lr": rate, "weight_decay": decay},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            betas=(config.adam_beta1, 0.999),
+            eps=config.adam_eps,
+            weight_decay=0.0,
+            fused=True,
+        )
 
     @property
     def beta(self) -> float:
@@ -113,12 +142,19 @@ class Training:
         """The model with averaged weights: what is evaluated."""
         return self.average.module if self.config.average_decay > 0 else self.vae
 
-    def step(self) -> float:
-        """Takes one training step; returns the loss per data point."""
+    def step(self) -> float | Tensor:
+        """Takes one training step; returns the loss per data point, on a GPU without waiting."""
         x = self.data.minibatch(self.steps_done).to(self.config.device)
         for group, rate in zip(self.optim.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.decay
-        loss = self.svi.step(x, self.beta) / len(x)
+        loss: float | Tensor
+        if x.is_cuda:
+            surrogate = surrogate_loss(self.loss, self.vae.model, self.vae.guide, x, self.beta)
+            surrogate.backward()
+            self.optim(self.vae.parameters())
+            loss = surrogate.detach() / len(x)
+        else:
+            loss = self.svi.step(x, self.beta) / len(x)
         self.steps_done += 1
         if self.steps_done % AVERAGE_EVERY == 0:
             self.average.update_parameters(self.vae)
@@ -160,7 +196,7 @@ class Training:
         figures = evaluate(
             self.averaged,
             self.data.subset("valid", config.valid_points, config.seed).to(config.device),
-            explicit=config.guide == "gaussian",
+            explicit=config.explicit,
             own=False,
             num_samples=config.valid_samples,
             guide_samples=config.guide_samples,
@@ -168,7 +204,6 @@ class Training:
             seed=config.seed,
         )
         row = {
-            "step": self.steps_done,
             "valid_log_px": figures["log_px"],
             "valid_log_px_se": figures["log_px_se"],
             "aggregate_std": figures["aggregate_std"],
@@ -176,10 +211,18 @@ class Training:
         }
         if "elbo" in figures:
             row["valid_elbo"] = figures["elbo"]
-        if isinstance(self.loss, TraceImplicit_ELBO):
-            score = self.loss.diagnostics().get("z", {})
-            row |= {name: score[name] for name in ("score_loss", "stein") if name in score}
         return row
+
+    def score_figures(self) -> dict[str, float]:
+        """Diagnostics of the score estimators in the last step, means over the sites."""
+        if not isinstance(self.loss, TraceImplicit_ELBO):
+            return {}
+        sites = self.loss.diagnostics().values()
+        return {
+            name: sum(site[name] for site in sites) / len(sites)
+            for name in ("score_loss", "stein")
+            if sites and all(name in site for site in sites)
+        }
 
 
 def train(training: Training, folder: RunFolder) -> None:
@@ -187,7 +230,7 @@ def train(training: Training, folder: RunFolder) -> None:
     config = training.config
     budget = config.budget_seconds if config.budget_seconds is not None else float("inf")
     started = time.perf_counter() - training.seconds
-    losses: list[float] = []
+    losses: list[float | Tensor] = []
     progress = tqdm(total=config.steps, initial=training.steps_done, unit="step", mininterval=1.0)
     with progress:
         while training.steps_done < config.steps and training.seconds < budget:
@@ -197,27 +240,38 @@ def train(training: Training, folder: RunFolder) -> None:
             progress.update()
             last = training.steps_done == config.steps or training.seconds >= budget
             if last or training.steps_done % config.valid_every == 0:
-                row = training.validate()
-                if row["valid_log_px"] > training.best_valid:
-                    training.best_valid = row["valid_log_px"]
+                loss = float(torch.as_tensor(sum(losses))) / len(losses)
+                losses.clear()
+                row = {"step": training.steps_done, "beta": beta, "loss": loss}
+                shown = f"step {row['step']}: {training.seconds:.0f} s, loss {loss:.3f}"
+                row |= training.score_figures()
+                if not math.isfinite(loss):
+                    raise UserError(
+                        f"step {row['step']}: expected a finite loss, found {loss}; go on from the "
+                        "last checkpoint with a lower --learning-rate or with --clip-norm"
+                    )
+                if not config.train_on_valid:
+                    row |= training.validate()
+                    shown += (
+                        f", valid log p(x) {row['valid_log_px']:.3f} ± {row['valid_log_px_se']:.3f}"
+                    )
+                # Without validation images the last weights are the best known.
+                if config.train_on_valid or row["valid_log_px"] > training.best_valid:
+                    training.best_valid = row.get("valid_log_px", training.best_valid)
                     folder.save(
                         "best", {"vae": training.averaged.state_dict(), "step": row["step"]}
                     )
                 training.seconds = time.perf_counter() - started
-                loss = sum(losses) / len(losses)
-                losses.clear()
-                row |= {"seconds": training.seconds, "beta": beta, "loss": loss}
-                folder.log(row)
-                progress.write(
-                    f"step {row['step']}: {training.seconds:.0f} s, loss {loss:.3f}, "
-                    f"valid log p(x) {row['valid_log_px']:.3f} ± {row['valid_log_px_se']:.3f}"
-                )
+                folder.log(row | {"seconds": training.seconds})
+                progress.write(shown)
             if last or training.steps_done % config.checkpoint_every == 0:
                 folder.save("latest", training.state())
 
 
 def run(config: Config) -> Path:
     """Trains, evaluates, draws; returns the run folder."""
+    check(config)
+    process_precision(config.device, tf32=config.tf32)
     options = dataclasses.asdict(config)
     data = build_data(config)
     pyro.set_rng_seed(config.seed)
@@ -240,18 +294,25 @@ def run(config: Config) -> Path:
     results = {"best_step": best["step"], "steps": training.steps_done, "seconds": training.seconds}
     folder.write_json("results.json", {**results, **figures})
     print(describe(config, figures))
-    draw = plots.toy_figure if config.task == "25gaussians" else plots.mnist_figure
+    draw = plots.toy_figure if config.data == "25gaussians" else plots.mnist_figure
     x = data.subset("test", 4000, config.seed).to(config.device)
     figure = plots.save(draw(vae, x), path / "figures" / "model.png")
     print(f"run folder {path}, figure {figure}")
     return path
 
 
+def _parse(presets: dict[str, tuple[str, Config]]) -> Config:
+    return tyro.extras.overridable_config_cli(
+        presets, prog="python -m inference.vae", description=_DESCRIPTION
+    )
+
+
 def main() -> None:
     """Trains a variational autoencoder."""
-    config = tyro.extras.overridable_config_cli(
-        PRESETS, prog="python -m inference.vae", description=_DESCRIPTION
-    )
+    config = _parse(PRESETS)
+    if config.schedule == "paper":
+        # Once more, so that options left out are the paper's.
+        config = _parse({**PRESETS, **PAPER_PRESETS})
     # Globals of the process, which this program owns.
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -11,10 +11,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from models.networks import MLP
+from models.networks import ConditionalMLP
 from pyro_ardae import Implicit
 
-__all__ = ["GaussianGuide", "ImplicitGuide"]
+__all__ = ["FullCovarianceGuide", "GaussianGuide", "ImplicitGuide"]
 
 
 class GaussianGuide(nn.Module):
@@ -32,6 +32,34 @@ class GaussianGuide(nn.Module):
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         loc, scale = self.loc(features), self.log_scale(features).exp()
         return dist.Normal(loc, scale, validate_args=False).to_event(1)
+
+
+class FullCovarianceGuide(nn.Module):
+    r"""A Normal with full covariance, :math:`z = \mu(h) + \sigma(h) \odot (I + L(h))\, \epsilon`.
+
+    L is strictly lower triangular and starts at zero, so the guide starts as a diagonal one.
+
+    :param int feature_dim: width of the features.
+    :param int latent_dim: width of the latent.
+    """
+
+    def __init__(self, feature_dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.base = GaussianGuide(feature_dim, latent_dim)
+        rows, columns = torch.tril_indices(latent_dim, latent_dim, -1)
+        self.register_buffer("below", rows * latent_dim + columns, persistent=False)
+        self.factor = nn.Linear(feature_dim, len(rows))
+        nn.init.zeros_(self.factor.weight)
+        nn.init.zeros_(self.factor.bias)
+
+    def forward(self, features: Tensor) -> dist.TorchDistribution:
+        loc, scale = self.base.loc(features), self.base.log_scale(features).exp()
+        dim = loc.shape[-1]
+        factor = loc.new_zeros(*loc.shape[:-1], dim * dim)
+        factor = factor.index_copy(-1, self.below, self.factor(features))
+        factor = factor.unflatten(-1, (dim, dim)) + torch.eye(dim).to(loc)
+        scale_tril = scale.unsqueeze(-1) * factor
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 
 
 class ImplicitGuide(nn.Module):
@@ -77,35 +105,27 @@ class ImplicitGuide(nn.Module):
                 f"noise_dim: expected at least latent_dim = {latent_dim} with gaussian_base, "
                 f"got {noise_dim}"
             )
-        if not hidden_dims:
-            raise ValueError("hidden_dims: expected at least one hidden layer, got none")
         self.latent_dim = latent_dim
         self.noise_dim = noise_dim
-        self.gaussian_base = gaussian_base
         self.gain = gain
         self.base = GaussianGuide(feature_dim, latent_dim) if gaussian_base else None
-        # The first layer is split in two, so that the features are projected once per data
-        # point however many samples are drawn for it.
-        self.from_features = nn.Linear(feature_dim, hidden_dims[0])
-        self.from_noise = MLP((noise_dim, hidden_dims[0]), compute_dtype=compute_dtype)
-        self.activation = activation()
-        self.net = MLP(
-            (*hidden_dims, latent_dim), activation=activation, compute_dtype=compute_dtype
+        self.net = ConditionalMLP(
+            noise_dim,
+            feature_dim,
+            sizes=(*hidden_dims, latent_dim),
+            activation=activation,
+            zero_output=gaussian_base,
+            compute_dtype=compute_dtype,
         )
-        if gaussian_base:
-            nn.init.zeros_(self.net.last.weight)
-            nn.init.zeros_(self.net.last.bias)
 
     def deviation_parameters(self) -> list[nn.Parameter]:
         """Parameters of the network that deviates from the Gaussian."""
-        modules = (self.from_features, self.from_noise, self.net)
-        return [p for module in modules for p in module.parameters()]
+        return [*self.net.parameters()]
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         # What does not depend on the noise is computed here, once per data point, and bound to
         # the sampler: Implicit would hand it one copy of the features for each draw.
-        shift = self.from_features(features)
-        sampler = partial(self._sample, shift=shift)
+        sampler = partial(self._sample, projected=self.net.project(features))
         implicit = Implicit(sampler, self.noise_dim, features, (self.latent_dim,))
         if self.base is None:
             return implicit
@@ -115,9 +135,9 @@ class ImplicitGuide(nn.Module):
         affine = dist.transforms.AffineTransform(loc, scale, event_dim=1)
         return dist.TransformedDistribution(implicit, [affine], validate_args=False)
 
-    def _sample(self, noise: Tensor, _features: Tensor, *, shift: Tensor) -> Tensor:
+    def _sample(self, noise: Tensor, _features: Tensor, *, projected: Tensor) -> Tensor:
         """Noise ``[*sample, B, noise_dim]`` to draws ``[*sample, B, latent_dim]``."""
-        deviation = self.net(self.activation(self.from_noise(noise) + shift))
+        deviation = self.net(noise, projected)
         if self.base is None:
             return deviation
         return torch.add(noise[..., : self.latent_dim], deviation, alpha=self.gain)

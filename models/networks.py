@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ACTIVATIONS", "ELU", "MLP"]
+__all__ = ["ACTIVATIONS", "ELU", "MLP", "ConditionalMLP", "Network"]
 
 
 class _ELU(torch.autograd.Function):
@@ -52,7 +52,29 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class MLP(nn.Module):
+class Network(nn.Module):
+    """Layers whose matrix products may run in a lower precision.
+
+    :param nn.Module layers: what is computed.
+    :param torch.dtype compute_dtype: the dtype of the matrix products under
+        :class:`torch.autocast`, e.g. ``torch.bfloat16``; ``None`` computes in the parameters'
+        dtype. The output has the parameters' dtype either way.
+    """
+
+    def __init__(self, layers: nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.layers = layers
+        self.compute_dtype = compute_dtype
+
+    def forward(self, value: Tensor) -> Tensor:
+        if self.compute_dtype is None:
+            return self.layers(value)
+        with torch.autocast(value.device.type, self.compute_dtype):
+            output = self.layers(value)
+        return output.to(value.dtype)
+
+
+class MLP(Network):
     """A multilayer perceptron whose matrix products may run in a lower precision.
 
     :param Sequence[int] sizes: width of the input, of each hidden layer, and of the output; at
@@ -62,9 +84,7 @@ class MLP(nn.Module):
     :param Tensor mean: mean of the input, ``[sizes[0]]``: the first bias starts such that it counts
         for zero. Subtracting it from every input instead would keep Adam drifting along inputs
         that are nearly constant, like the rim of MNIST, which costs 0.4 nats on test images.
-    :param torch.dtype compute_dtype: the dtype of the matrix products under
-        :class:`torch.autocast`, e.g. ``torch.bfloat16``; ``None`` computes in the parameters'
-        dtype. The output has the parameters' dtype either way.
+    :param torch.dtype compute_dtype: as in :class:`Network`.
     :raises ValueError: if there are fewer than two sizes.
     """
 
@@ -77,7 +97,6 @@ class MLP(nn.Module):
         mean: Tensor | None = None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if len(sizes) < 2:
             raise ValueError(
                 f"sizes: expected an input and an output width at least, got {tuple(sizes)}"
@@ -85,8 +104,10 @@ class MLP(nn.Module):
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), activation()]
-        self.layers = nn.Sequential(*(layers if activate_output else layers[:-1]))
-        self.compute_dtype = compute_dtype
+        super().__init__(
+            nn.Sequential(*(layers if activate_output else layers[:-1])),
+            compute_dtype=compute_dtype,
+        )
         if mean is not None:
             first = self.layers[0]
             with torch.no_grad():
@@ -97,9 +118,58 @@ class MLP(nn.Module):
         """The last linear layer."""
         return next(layer for layer in reversed(self.layers) if isinstance(layer, nn.Linear))
 
-    def forward(self, value: Tensor) -> Tensor:
-        if self.compute_dtype is None:
-            return self.layers(value)
-        with torch.autocast(value.device.type, self.compute_dtype):
-            output = self.layers(value)
-        return output.to(value.dtype)
+    @property
+    def output_bias(self) -> nn.Parameter:
+        """The bias of the output."""
+        return self.last.bias
+
+
+class ConditionalMLP(nn.Module):
+    """A multilayer perceptron of an input and of a condition, e.g. noise and features.
+
+    The first layer is split in two, so that the condition is projected once per row however many
+    inputs there are for it: ``net(value, net.project(condition))``.
+
+    :param int input_dim: width of the input.
+    :param int condition_dim: width of the condition.
+    :param Sequence[int] sizes: width of each hidden layer, one at least, and of the output.
+    :param type[nn.Module] activation: activation of the hidden layers.
+    :param bool activate_output: whether an activation follows the last layer as well.
+    :param bool zero_output: whether the last layer starts at zero.
+    :param torch.dtype compute_dtype: as in :class:`Network`.
+    :raises ValueError: if there is no hidden layer.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        condition_dim: int,
+        *,
+        sizes: Sequence[int],
+        activation: type[nn.Module] = nn.SiLU,
+        activate_output: bool = False,
+        zero_output: bool = False,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if len(sizes) < 2:
+            raise ValueError("hidden_dims: expected at least one hidden layer, got none")
+        self.from_condition = nn.Linear(condition_dim, sizes[0])
+        self.from_input = MLP((input_dim, sizes[0]), compute_dtype=compute_dtype)
+        self.activation = activation()
+        self.net = MLP(
+            sizes,
+            activation=activation,
+            activate_output=activate_output,
+            compute_dtype=compute_dtype,
+        )
+        if zero_output:
+            nn.init.zeros_(self.net.last.weight)
+            nn.init.zeros_(self.net.last.bias)
+
+    def project(self, condition: Tensor) -> Tensor:
+        """The condition's part of the first layer, ``[*batch, sizes[0]]``."""
+        return self.from_condition(condition)
+
+    def forward(self, value: Tensor, projected: Tensor) -> Tensor:
+        return self.net(self.activation(self.from_input(value) + projected))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
+from models.flows import import_zuko
 from models.networks import MLP
 from pyro_ardae import Implicit
 
@@ -138,23 +138,19 @@ class FlowPosterior(nn.Module):
         loc: Tensor | None = None,
     ) -> None:
         super().__init__()
-        validate = Distribution._validate_args
-        from zuko.flows import NSF, Flow
-        from zuko.lazy import LazyComposedTransform, UnconditionalTransform
-        from zuko.transforms import MonotonicAffineTransform
-
-        # Importing zuko turns the validation of all distributions off.
-        Distribution.set_default_validate_args(validate)
+        zuko = import_zuko()
         shift = torch.zeros(latent_dim) if loc is None else -loc.detach() / spread
-        unit = UnconditionalTransform(
-            MonotonicAffineTransform,
+        unit = zuko.lazy.UnconditionalTransform(
+            zuko.transforms.MonotonicAffineTransform,
             shift=shift,
             scale=torch.full((latent_dim,), -math.log(spread)),
         )
-        splines = NSF(latent_dim, transforms=transforms, hidden_features=[*hidden_dims], bins=bins)
+        splines = zuko.flows.NSF(
+            latent_dim, transforms=transforms, hidden_features=[*hidden_dims], bins=bins
+        )
         # Inverse autoregressive: a draw takes one pass per transform, not one per dimension.
-        transform = LazyComposedTransform(unit, splines.transform.inv)
-        self.flow = Flow(transform, splines.base)
+        transform = zuko.lazy.LazyComposedTransform(unit, splines.transform.inv)
+        self.flow = zuko.flows.Flow(transform, splines.base)
 
     def forward(self) -> dist.TorchDistribution:
         from pyro.contrib.zuko import ZukoToPyro

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 from pyro import poutine
 from torch import Tensor, nn
 
-__all__ = ["VAE"]
+__all__ = ["LogJoint", "VAE"]
+
+LogJoint = Callable[[Tensor], Tensor]
 
 
 class VAE(nn.Module):
@@ -81,3 +86,12 @@ class VAE(nn.Module):
         :returns: tensor of shape ``[*sample, B]``, in nats.
         """
         return self.prior(z).log_prob(z) + self.decoder(z).log_prob(x)
+
+    def explicit(self, x: Tensor) -> tuple[LogJoint, dist.TorchDistribution]:
+        """A log-joint and a guide with a density, over the same latents: what has an ELBO.
+
+        :param Tensor x: data, ``[B, X]``.
+        :returns: latents ``[*sample, B, D]`` to log-joint ``[*sample, B]``, whose marginal is p(x),
+            and a distribution of batch shape ``[B]``.
+        """
+        return partial(self.log_joint, x), self.posterior(x)

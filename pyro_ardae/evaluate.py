@@ -20,6 +20,7 @@ from torch.distributions import Distribution, MultivariateNormal
 
 __all__ = [
     "elbo",
+    "fit_gaussian",
     "fitted_gaussian_log_marginal",
     "fitted_gaussian_log_weights",
     "log_marginal_from_guide",
@@ -101,6 +102,30 @@ def fitted_gaussian_log_marginal(
     return log_total - math.log(num_samples)
 
 
+def fit_gaussian(
+    samples: Float[Tensor, "samples batch dim"], *, jitter: float = 1e-6
+) -> MultivariateNormal:
+    """The Gaussian with the moments of draws, separately for each data point.
+
+    :param Tensor samples: draws, ``[S, B, D]``; more than ``D`` for a covariance of full rank.
+    :param float jitter: as in :func:`fitted_gaussian_log_marginal`.
+    :returns: batch shape ``[B]``, event shape ``[D]``.
+    """
+    # Moments in float64: the covariance of a thin posterior loses its smallest eigenvalues else.
+    wide = samples.double()
+    loc = wide.mean(0)
+    centred = wide - loc
+    covariance = torch.einsum("sbi,sbj->bij", centred, centred) / (len(samples) - 1)
+    # The jitter is relative to each latent's own width: their scales may differ by any factor.
+    scale = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-12).sqrt().unsqueeze(-1)
+    identity = torch.eye(samples.shape[-1], dtype=wide.dtype, device=wide.device)
+    correlation = covariance / (scale * scale.mT)
+    scale_tril = scale * torch.linalg.cholesky(correlation + jitter * identity)
+    return MultivariateNormal(
+        loc.to(samples), scale_tril=scale_tril.to(samples), validate_args=False
+    )
+
+
 def fitted_gaussian_log_weights(
     log_joint: LogJoint,
     guide_samples: Float[Tensor, "guide_samples batch dim"],
@@ -138,7 +163,7 @@ def fitted_gaussian_log_weights(
             f"num_samples: expected enough for both components of the proposal, got {num_samples} "
             f"with prior_weight {prior_weight}"
         )
-    fitted = _fit_gaussian(guide_samples, jitter)
+    fitted = fit_gaussian(guide_samples, jitter=jitter)
     identity = torch.eye(dim, dtype=guide_samples.dtype, device=guide_samples.device)
     prior = MultivariateNormal(
         identity.new_zeros(batch, dim), scale_tril=identity, validate_args=False
@@ -231,22 +256,6 @@ def _log_ratio(log_joint: LogJoint, posterior: Distribution, size: int) -> Tenso
     latent = posterior.sample(torch.Size((size,)))
     log_prob: Tensor = posterior.log_prob(latent)
     return log_joint(latent) - log_prob
-
-
-def _fit_gaussian(samples: Tensor, jitter: float) -> MultivariateNormal:
-    # Moments in float64: the covariance of a thin posterior loses its smallest eigenvalues else.
-    wide = samples.double()
-    loc = wide.mean(0)
-    centred = wide - loc
-    covariance = torch.einsum("sbi,sbj->bij", centred, centred) / (len(samples) - 1)
-    # The jitter is relative to each latent's own width: their scales may differ by any factor.
-    scale = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-12).sqrt().unsqueeze(-1)
-    identity = torch.eye(samples.shape[-1], dtype=wide.dtype, device=wide.device)
-    correlation = covariance / (scale * scale.mT)
-    scale_tril = scale * torch.linalg.cholesky(correlation + jitter * identity)
-    return MultivariateNormal(
-        loc.to(samples), scale_tril=scale_tril.to(samples), validate_args=False
-    )
 
 
 def _check_counts(num_samples: int, chunk_size: int) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pytest
 
@@ -19,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 #: Options that make a run tiny.
 TINY = (
     *("--batch-size", "16", "--valid-points", "8", "--valid-samples", "4", "--test-points", "8"),
-    *("--test-samples", "4", "--guide-samples", "64", "--threads", "1", "--precision", "fp32"),
+    *("--test-samples", "4", "--guide-samples", "128", "--threads", "1", "--precision", "fp32"),
 )
 
 Program = Callable[..., None]
@@ -56,6 +58,27 @@ def help_of(program: Program, capsys: pytest.CaptureFixture[str]) -> Callable[[s
 def sample_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory with a small made sample in place of MNIST."""
     return make_sample(tmp_path_factory.mktemp("data")).parent
+
+
+def write_idx(raw: Path, *, side: int = 28) -> None:
+    """Writes a few images in the files of MNIST."""
+    raw.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for name, count in (("train", 240), ("t10k", 48)):
+        images = random.integers(0, 256, (count, side, side), dtype=np.uint8)
+        images[:, : side // 3], images[:, -2:] = 0, 255
+        for kind, values in (("images", images), ("labels", np.zeros(count, np.uint8))):
+            head = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+            path = raw / f"{name}-{kind}-idx{values.ndim}-ubyte"
+            path.write_bytes(head + values.tobytes())
+
+
+@pytest.fixture(scope="session")
+def idx_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with a few made images in place of MNIST's."""
+    directory = tmp_path_factory.mktemp("idx")
+    write_idx(directory / "MNIST" / "raw")
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def test_lower_precision_returns_the_parameters_dtype() -> None:
 
 
 def test_decoders() -> None:
-    pixels = BernoulliDecoder(4)(torch.randn(3, 2, 4))
+    pixels = BernoulliDecoder(MLP((4, 8, 784)))(torch.randn(3, 2, 4))
     assert (pixels.batch_shape, pixels.event_shape) == ((3, 2), (784,))
     points = toy.NormalDecoder()(torch.randn(3, 2, 2))
     assert (points.batch_shape, points.event_shape) == ((3, 2), (2,))
@@ -74,7 +74,7 @@ def test_a_decoder_starts_at_the_mean() -> None:
     """Where its last layer gets nothing; a pixel that is always black has a finite bias."""
     mean = torch.rand(784)
     mean[:2] = torch.tensor([0.0, 1.0])
-    decoder = BernoulliDecoder(4, mean=mean)
+    decoder = BernoulliDecoder(MLP((4, 8, 784)), mean=mean)
     with torch.no_grad():
         decoder.net.last.weight.zero_()
         start = decoder(torch.randn(3, 4)).mean

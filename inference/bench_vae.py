@@ -1,0 +1,244 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trains VAE presets at one wall-clock budget each and compares them: ``python -m inference.bench
+vae``.
+
+For each row, a preset of ``inference.vae``, it first measures the milliseconds of a training step,
+model and score estimator apart, all rows taking turns in one process. The number of steps of a run
+is what the budget holds at that rate, with a tenth kept back for validations, and the preset's
+schedule is stretched to it; the run ends with the budget in any case. Each is evaluated by
+importance sampling on the test images and by annealed importance sampling on a random subset
+(:mod:`inference.tight`).
+
+The folder holds a run folder for each row and seed, ``steps.csv``, ``results.csv`` and ``table.md``
+(:mod:`inference.bench_vae_table`). The same command goes on where it was stopped: finished runs and
+evaluations are skipped, a run that was interrupted is resumed from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyro
+import torch
+import tyro
+
+from inference.bench_vae_table import STEP_COLUMNS, collect, read_steps, table, write_results
+from inference.errors import UserError
+from inference.evaluate import describe_tight, evaluate_tight, restore
+from inference.posterior_table import write
+from inference.presets import PRESETS, Config, build_data
+from inference.run import RunFolder
+from inference.tight import Tight, load
+from inference.vae import Training, run
+from pyro_ardae import TraceImplicit_ELBO
+
+__all__ = ["Vae", "bench_vae", "step_times"]
+
+#: Share of the budget that training steps may take; the rest is for validations.
+STEP_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Trains VAE presets at one wall-clock budget each and compares them."""
+
+    rows: tuple[str, ...] = ("sbmnist-mlp-gaussian", "sbmnist-mlp-implicit")
+    """Presets of inference.vae."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each."""
+    budget_seconds: float = 3600.0
+    """Wall-clock time of each training run, validations included."""
+    steps: int | None = None
+    """Steps of each run in place of those that the budget holds; the budget still ends it."""
+    threads: int = 1
+    """CPU threads of torch."""
+    device: str = "cpu"
+    """Torch device."""
+    out: Path = Path("runs/bench-vae")
+    """Folder of runs and results."""
+    data_dir: Path | None = None
+    """Folder of binarized_mnist.npz; PYRO_ARDAE_DATA or ./data by default."""
+    timed_steps: int = 50
+    """Timed training steps of each row."""
+    warmup: int = 10
+    """Steps of each before the clock runs."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What times the steps: wall-clock time, or this process's CPU time, which on one thread is the
+    wall-clock of an idle core."""
+    test_points: int | None = None
+    """Test images of the importance-sampled figure; all by default."""
+    test_samples: int = 1000
+    """Importance samples for each of them."""
+    tight: Annotated[Tight, tyro.conf.arg(name="")] = field(default_factory=Tight)
+    """Options of annealed importance sampling."""
+
+
+def step_times(options: Vae) -> dict[str, dict[str, float]]:
+    """Medians over the steps of each row in milliseconds: all, in the score estimators, the rest.
+
+    What counts as the score is the estimators' own work, their updates and queries; draws that the
+    guide makes for them count as the model's. On a GPU the clock waits for both ends of each, which
+    makes a step a little longer than in training.
+    """
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    trainings: dict[str, Training] = {}
+    for row in options.rows:
+        config = dataclasses.replace(
+            PRESETS[row][1], device=options.device, data_dir=options.data_dir
+        )
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        trainings[row] = Training(config, build_data(config))
+        trainings[row].vae.name = row  # of its parameters in Pyro's store, which all share
+    spent = dict.fromkeys(options.rows, 0.0)
+    times: dict[str, list[tuple[float, float]]] = {row: [] for row in options.rows}
+    for index in range(options.warmup + options.timed_steps):
+        for row, training in trainings.items():
+            if index == 1 and isinstance(training.loss, TraceImplicit_ELBO):
+                # The first step has built the estimators.
+                for estimator in training.loss.estimators.values():
+                    for name in ("update", "forward"):
+                        own = getattr(estimator, name)
+                        setattr(estimator, name, _timed(own, row, spent, clock, options.device))
+            spent[row] = 0.0
+            _wait(options.device)
+            start = clock()
+            training.step()
+            _wait(options.device)
+            if index >= options.warmup:
+                times[row].append((clock() - start, spent[row]))
+    result = {}
+    for row, pairs in times.items():
+        step = 1e3 * statistics.median(whole for whole, _ in pairs)
+        score = 1e3 * statistics.median(part for _, part in pairs)
+        result[row] = {"step_ms": step, "model_ms": step - score, "score_ms": score}
+    return result
+
+
+def _timed(
+    function: Callable[..., Any],
+    row: str,
+    spent: dict[str, float],
+    clock: Callable[[], float],
+    device: str,
+) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _wait(device)
+        start = clock()
+        result = function(*args, **kwargs)
+        _wait(device)
+        spent[row] += clock() - start
+        return result
+
+    return call
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def bench_vae(options: Vae) -> Path:
+    """Runs what the folder lacks, then writes the table; returns the folder."""
+    unknown = ", ".join(row for row in options.rows if row not in PRESETS)
+    if unknown or not options.rows:
+        raise UserError(f"--rows: expected presets of inference.vae, found {unknown or 'none'}")
+    if options.budget_seconds <= 0 or not options.seeds or options.timed_steps < 1:
+        raise UserError(
+            "--budget-seconds, --seeds, --timed-steps: expected a positive time, one seed at least "
+            f"and one step at least, found {options.budget_seconds}, {options.seeds}, "
+            f"{options.timed_steps}"
+        )
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{options.out}: expected a writable folder, found: {error}") from None
+    path = options.out / "steps.csv"
+    steps = read_steps(path)
+    missing = tuple(row for row in options.rows if row not in steps)
+    if missing:
+        # All rows again: only figures of one process can be compared.
+        steps |= step_times(options)
+        write(path, {(row,): figures for row, figures in steps.items()}, STEP_COLUMNS)
+    for row in options.rows:
+        print("{}: {step_ms:.2f} ms a step, {score_ms:.2f} of it score".format(row, **steps[row]))
+    runs = [(row, seed) for seed in options.seeds for row in options.rows]
+    for row, seed in runs:
+        path = _folder(options, row, seed)
+        if not (path / "results.json").exists():
+            _train(path, row, seed, steps[row]["step_ms"], options)
+        if not _evaluated(path, options.tight):
+            config, vae = restore(path, data_dir=options.data_dir, device=options.device)
+            figures = evaluate_tight(path, config, vae, options.tight)
+            density = "elbo_energy" not in load(path)
+            print(f"{path.name}: " + describe_tight(options.tight, figures, density=density))
+        # After each run, so that a stopped benchmark has its table too.
+        done = [one for one in runs if _evaluated(_folder(options, *one), options.tight)]
+        results = collect(options.out, done, steps)
+        write_results(options.out / "results.csv", results)
+        text = table(options.out, results, budget_seconds=options.budget_seconds)
+        (options.out / "table.md").write_text(text)
+    print(f"\n{text}")
+    return options.out
+
+
+def _folder(options: Vae, row: str, seed: int) -> Path:
+    return options.out / f"{row}-seed{seed}"
+
+
+def _train(path: Path, row: str, seed: int, step_ms: float, options: Vae) -> None:
+    """Trains and evaluates a run, or goes on with it."""
+    if (path / "config.json").exists() and not (path / "checkpoints" / "latest.pt").exists():
+        shutil.rmtree(path)  # stopped before its first checkpoint
+    started = (path / "config.json").exists()
+    if started:
+        recorded = RunFolder.read_config(path)
+        schedule = {name: recorded[name] for name in _SCHEDULE}
+    else:
+        fitting = int(STEP_SHARE * 1e3 * options.budget_seconds / step_ms)
+        schedule = _stretched(PRESETS[row][1], max(1, options.steps or fitting))
+    config = dataclasses.replace(
+        PRESETS[row][1],
+        **schedule,
+        seed=seed,
+        budget_seconds=options.budget_seconds,
+        threads=options.threads,
+        device=options.device,
+        data_dir=options.data_dir,
+        test_points=options.test_points,
+        test_samples=options.test_samples,
+        **{"resume" if started else "out": path},
+    )
+    pyro.clear_param_store()
+    run(config)
+
+
+#: Options that are counted in steps, and stretched with their number.
+_SCHEDULE = ("steps", "beta_steps", "decay_start", "decay_steps", "valid_every", "checkpoint_every")
+
+
+def _stretched(config: Config, steps: int) -> dict[str, int]:
+    factor = steps / config.steps
+    schedule = {name: round(getattr(config, name) * factor) for name in _SCHEDULE}
+    # 20 validations, whatever the preset's number, so that curves are alike and cost a tenth at
+    # most.
+    every = max(1, steps // 20)
+    return schedule | {"steps": steps, "valid_every": every, "checkpoint_every": every}
+
+
+def _evaluated(path: Path, tight: Tight) -> bool:
+    """Whether a run has the figures of annealed importance sampling, with these options."""
+    if not (path / "results.json").exists():
+        return False
+    recorded = json.loads((path / "results.json").read_text())
+    return recorded.get("ais_options") == dataclasses.asdict(tight)

@@ -1,0 +1,47 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Precision of matrix products, in training and in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from models.networks import Network
+
+__all__ = ["full_precision", "process_precision"]
+
+
+def process_precision(device: str, *, tf32: bool) -> None:
+    """Sets whether a CUDA device may round the inputs of fp32 matrix products to TF32.
+
+    A global of the process, for programs. Other devices have no such mode, and nothing is touched.
+    """
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextmanager
+def full_precision(vae: nn.Module) -> Iterator[None]:
+    """Within it, the matrix products of a model are in fp32."""
+    networks = [module for module in vae.modules() if isinstance(module, Network)]
+    dtypes = [network.compute_dtype for network in networks]
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for network in networks:
+            network.compute_dtype = None
+        if matmul != "highest":
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        for network, dtype in zip(networks, dtypes, strict=True):
+            network.compute_dtype = dtype
+        if matmul != "highest":
+            torch.set_float32_matmul_precision(matmul)
+            torch.backends.cudnn.allow_tf32 = cudnn

@@ -1,0 +1,235 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Figures of VAE runs: ``python -m inference.vae_plots RUN... --out FOLDER``.
+
+Draws validation log p(x) against wall-clock time of all runs in one plot, and for each run samples,
+reconstructions and latent traversals. Runs with two latents get one more figure and a CSV file: the
+guide's posterior of single test images beside the true one by quadrature, and their KL divergence.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from inference import plots
+from inference.errors import UserError, user_errors
+from inference.evaluate import restore
+from inference.plane_posterior import PlanePosterior, plane_posterior
+from inference.precision import full_precision
+from inference.presets import Config, build_data
+from inference.run import read_metrics
+from models.vae import VAE
+
+__all__ = ["log_px_curves", "main", "model_figure", "posterior_figure", "traversals"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Figures of VAE runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders; those of one preset are its seeds."""
+    out: Path = Path("figures")
+    """Folder of the figures."""
+    images: int = 50
+    """Two latents: test images of which the divergence is computed, a random subset."""
+    draws: int = 400_000
+    """Two latents: draws of the guide for each of them."""
+    seed: int = 0
+    """Seed of the subset and the draws."""
+    data_dir: Path | None = None
+    """Folder of binarized_mnist.npz; as in the run by default."""
+
+
+def log_px_curves(
+    axes: Axes, runs: Mapping[str, Sequence[Mapping[str, list[float]]]], *, title: str
+) -> Axes:
+    """Draws validation log p(x) against wall-clock time, a line for each seed.
+
+    :param Axes axes: where to draw.
+    :param runs: by label the metrics of each seed, see :func:`inference.run.read_metrics`.
+    :param str title: title.
+    """
+    last = []
+    for index, (label, seeds) in enumerate(runs.items()):
+        for at, metrics in enumerate(seeds):
+            shown = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
+            axes.plot(
+                np.array(metrics["seconds"]) / 60,
+                metrics["valid_log_px"],
+                color=f"C{index % 10}",
+                linewidth=1.2,
+                marker=".",
+                markersize=4,
+                label=None if at else shown,
+            )
+            last.append(metrics["valid_log_px"])
+    # The first validations lie far below what the plot is about.
+    values = np.concatenate([np.array(one) for one in last])
+    ends = np.array([one[-1] for one in last])
+    low = max(values.min(), ends.min() - 6)
+    axes.set(title=title, xlabel="minutes", ylabel="validation log p(x), nats")
+    axes.set_ylim(low, values.max() + 0.05 * (values.max() - low) + 0.1)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")  # "best" is a search, which a slow machine warns of
+    return axes
+
+
+@torch.no_grad()
+def traversals(
+    axes: Axes, vae: VAE, x: Tensor, *, title: str, columns: int = 11, rows: int = 10
+) -> Axes:
+    """Draws what single latents of an image do: each row moves one over [-2.5, 2.5].
+
+    The rows are the latents whose posterior means vary most over ``x``, the others those of the
+    first image.
+    """
+    means = vae.posterior(x).sample(torch.Size((64,))).mean(0)
+    order = means.var(0).argsort(descending=True)[:rows]
+    latents = means[0].expand(len(order), columns, -1).clone()
+    at = torch.linspace(-2.5, 2.5, columns, device=x.device)
+    latents.scatter_(
+        2, order.view(-1, 1, 1).expand(-1, columns, 1), at.view(1, -1, 1).expand(len(order), -1, 1)
+    )
+    return plots.images(axes, vae.decoder(latents.flatten(0, 1)).mean, title=title, columns=columns)
+
+
+@torch.no_grad()
+def model_figure(vae: VAE, x: Tensor, *, name: str) -> Figure:
+    """Images with their reconstructions below them, samples of the model, latent traversals.
+
+    :param Tensor x: images, 50 at least.
+    """
+    figure, axes = _figure(1, 3, height=4.6)
+    shown = x[:50].reshape(5, 10, -1)
+    again = vae.decoder(vae.posterior(x[:50]).sample()).mean.reshape(5, 10, -1)
+    both = torch.stack([shown, again], 1).reshape(100, -1)
+    plots.images(axes[0], both, title=f"{name}: images, reconstructions below")
+    prior = vae.prior(x).sample(torch.Size((100,)))
+    plots.images(axes[1], vae.decoder(prior).mean, title="samples of the model")
+    traversals(axes[2], vae, x, title="one latent a row, from -2.5 to 2.5")
+    return figure
+
+
+def posterior_figure(columns: Mapping[str, Sequence[PlanePosterior]]) -> Figure:
+    """The posteriors of some images: contours of the true one over draws of the guide.
+
+    :param columns: by name of the run the same images for each.
+    """
+    count = len(next(iter(columns.values())))
+    figure, axes = _figure(len(columns), count, height=3.2, width=3.0)
+    for row, (name, posteriors) in enumerate(columns.items()):
+        for column, one in enumerate(posteriors):
+            _draw(axes[row * count + column], one, name if column == 0 else "")
+    return figure
+
+
+def _draw(axes: Axes, one: PlanePosterior, name: str) -> None:
+    (left, right), (bottom, top) = one.shown
+    axes.scatter(*one.draws[:3000].cpu().numpy().T, s=2, alpha=0.35, linewidths=0, color="C3")
+    masses = one.log_masses.exp()
+    # Contours that enclose 50, 90 and 99 % of the mass.
+    ordered = masses.flatten().sort(descending=True).values
+    enclosed = ordered.cumsum(0)
+    levels = [float(ordered[int((enclosed < part).sum())]) for part in (0.99, 0.9, 0.5)]
+    centres = [axis.cpu().numpy() for axis in one.centres]
+    axes.contour(*centres, masses.mT.cpu().numpy(), levels=levels, colors="k", linewidths=0.8)
+    axes.set(xlim=(left, right), ylim=(bottom, top), ylabel=name, title=f"KL {one.kl:.2f}")
+    axes.tick_params(labelsize=7)
+
+
+def _figure(
+    rows: int, columns: int, *, height: float = 4.5, width: float | None = None
+) -> tuple[Figure, list[Axes]]:
+    # Without pyplot: no global state, no display needed.
+    size = ((width or height) * columns, height * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(np.ravel(figure.subplots(rows, columns)))
+
+
+def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Path]:
+    """Figure and CSV file of the runs with two latents."""
+    found: dict[Path, list[PlanePosterior]] = {}
+    for run, (config, vae) in runs.items():
+        x = build_data(config).subset("test", options.images, options.seed).to(config.device)
+        torch.manual_seed(options.seed)
+        # One image at a time: its grid alone has as many latents as a minibatch has pixels.
+        with full_precision(vae):  # rounding to bf16 makes ragged contours
+            found[run] = [plane_posterior(vae, row, num_draws=options.draws) for row in x.split(1)]
+    path = options.out / "posteriors.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "image", "kl", "log_px"])
+        for run, ones in found.items():
+            for index, one in enumerate(ones):
+                writer.writerow([run.name, index, f"{one.kl:.5f}", f"{one.log_px:.5f}"])
+    for run, ones in found.items():
+        kl = torch.tensor([one.kl for one in ones], dtype=torch.double)
+        error = kl.std() / len(kl) ** 0.5
+        print(
+            f"{run}: KL(guide || posterior) {kl.mean():.3f} ± {error:.3f} nats over {len(kl)} "
+            f"images, median {kl.median():.3f}, log p(x) by quadrature "
+            f"{sum(one.log_px for one in ones) / len(ones):.3f}"
+        )
+    # Images by a rule: at these quantiles of the first run's divergence.
+    first = torch.tensor([one.kl for one in next(iter(found.values()))])
+    order = first.argsort()
+    chosen = [int(order[round(part * (len(order) - 1))]) for part in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    labels = {runs[run][0].preset: [ones[index] for index in chosen] for run, ones in found.items()}
+    return [plots.save(posterior_figure(labels), options.out / "posteriors.png"), path]
+
+
+def draw(options: Options) -> list[Path]:
+    """Writes the figures; returns their paths."""
+    if not options.runs:
+        raise UserError("RUNS: expected one run folder at least, found none")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{options.out}: expected a writable folder, found: {error}") from None
+    changes = {} if options.data_dir is None else {"data_dir": options.data_dir}
+    metrics: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
+    plane: dict[Path, tuple[Config, VAE]] = {}
+    written = []
+    for run in options.runs:
+        config, vae = restore(run, **changes)
+        vae.requires_grad_(False)
+        metrics[config.preset].append(read_metrics(run))
+        x = build_data(config).subset("test", 500, options.seed).to(config.device)
+        torch.manual_seed(options.seed)
+        written.append(
+            plots.save(model_figure(vae, x, name=config.preset), options.out / f"{run.name}.png")
+        )
+        if vae.latent_dim == 2:
+            plane[run] = (config, vae)
+    figure, axes = _figure(1, 1, height=5, width=7)
+    log_px_curves(axes[0], metrics, title="importance-sampled log p(x) while training")
+    written.append(plots.save(figure, options.out / "log_px.png"))
+    return written + (_plane(plane, options) if plane else [])
+
+
+def main() -> None:
+    """Draws figures of run folders."""
+    options = tyro.cli(Options, prog="python -m inference.vae_plots", description=__doc__)
+    with user_errors():
+        for path in draw(options):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
