@@ -82,12 +82,13 @@ class Training:
 
     :param Config config: options.
     :param Dataset data: data.
+    :param str name: as in :class:`models.vae.VAE`.
     """
 
-    def __init__(self, config: Config, data: Dataset) -> None:
+    def __init__(self, config: Config, data: Dataset, *, name: str = "vae") -> None:
         self.config = config
         self.data = data
-        self.vae = build_vae(config, data.mean)
+        self.vae = build_vae(config, data.mean, name=name)
         self.loss: ELBO = build_loss(config)
         self.optim = TorchOptim(self.vae, self._adam(), clip_norm=config.clip_norm)
         self.rates = [group["lr"] for group in self.optim.optimizer.param_groups]
