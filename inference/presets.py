@@ -171,6 +171,7 @@ def _paper(config: Config) -> Config:
         activation="elu" if residual else "softplus",
         beta_start=1e-4,
         beta_steps=50_000,
+        beta_shape="linear",
         average_decay=0.998 if config.data == "sbmnist" else 0.0,
         decay_start=0,
         decay_steps=0,
@@ -196,7 +197,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "num_mixing": ("sivi",),
     "flow_transforms": ("flow",),
     "deviation_decay": _DEVIATING,
-    "gain": _DEVIATING,
+    "gain": (*_DEVIATING, "fullcov"),
     **dict.fromkeys(
         (
             *("score_hidden_dim", "score_learning_rate", "score_folds", "score_whitening"),

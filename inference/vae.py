@@ -127,8 +127,10 @@ class Training:
         """Weight of the KL terms at the next step."""
         if self.steps_done >= self.config.beta_steps:
             return 1.0
-        remaining = 1 - self.steps_done / self.config.beta_steps
-        return float(self.config.beta_start**remaining)
+        start, remaining = self.config.beta_start, 1 - self.steps_done / self.config.beta_steps
+        if self.config.beta_shape == "linear":
+            return 1 - remaining * (1 - start)
+        return float(start**remaining)
 
     @property
     def decay(self) -> float:
