@@ -163,9 +163,11 @@ class Training:
             self.average.update_parameters(self.vae)
         return loss
 
-    def _average(self, averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
-        # A short horizon at first, (1 + n) / (10 + n), forgets the initial weights.
-        decay = min(self.config.average_decay**AVERAGE_EVERY, (1 + int(count)) / (10 + int(count)))
+    def _average(self, averages: list[Tensor], values: list[Tensor], _count: Tensor | int) -> None:
+        # A short horizon at first, (1 + n) / (10 + n), forgets the initial weights. The number of
+        # averages so far is not read from ``_count``, which lies on the device.
+        count = self.steps_done // AVERAGE_EVERY - 1
+        decay = min(self.config.average_decay**AVERAGE_EVERY, (1 + count) / (10 + count))
         torch._foreach_lerp_(averages, values, 1 - decay)
 
     def state(self) -> dict[str, Any]:

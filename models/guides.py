@@ -61,7 +61,8 @@ class FullCovarianceGuide(nn.Module):
         dim = loc.shape[-1]
         factor = loc.new_zeros(*loc.shape[:-1], dim * dim)
         factor = factor.index_copy(-1, self.below, self.gain * self.factor(features))
-        factor = factor.unflatten(-1, (dim, dim)) + torch.eye(dim).to(loc)
+        identity = torch.eye(dim, dtype=loc.dtype, device=loc.device)
+        factor = factor.unflatten(-1, (dim, dim)) + identity
         scale_tril = scale.unsqueeze(-1) * factor
         return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 
