@@ -15,6 +15,9 @@ It prints the median of each, their ratio, the rate of a matrix product in fp32 
 between the steps, and the peak memory of each variant: the largest resident set of a process of
 its own that takes a few steps, in total and above what it was with all imported.
 
+``step --rows PRESET ...`` times training steps of rows of the VAE benchmark instead, model and
+score apart, with ``--device cuda`` on a GPU: see :mod:`inference.bench_rows`.
+
 ``sac`` times soft actor-critic: see :mod:`inference.bench_sac`.
 
 ``vae`` trains and compares VAE presets: see :mod:`inference.bench_vae`.
@@ -41,6 +44,7 @@ import torch
 import tyro
 from pyro.infer import SVI
 
+from inference.bench_rows import bench_rows, describe_rows
 from inference.bench_sac import Sac, bench_sac, report
 from inference.bench_vae import Vae, bench_vae
 from inference.errors import UserError, user_errors
@@ -68,10 +72,14 @@ class Step:
     """Steps of the processes that measure memory; 0 leaves it out."""
     threads: int = 1
     """CPU threads of torch."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
     """Precision of the matrix products of model and guide."""
     batch_size: int = 128
     """Data points of a minibatch."""
+    rows: tuple[str, ...] = ()
+    """MNIST presets to time instead of the two variants."""
+    device: str = "cpu"
+    """Torch device of the rows."""
     seed: int = 0
     """Seed of weights, data and noise."""
     json: Path | None = None
@@ -88,7 +96,7 @@ class Memory:
     """Steps."""
     threads: int = 1
     """CPU threads of torch."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
     """Precision of the matrix products of model and guide."""
     batch_size: int = 128
     """Data points of a minibatch."""
@@ -226,6 +234,19 @@ def _step_main(options: Annotated[Step, tyro.conf.arg(name="")]) -> None:
     with user_errors():
         # A global of the process, which this program owns.
         torch.set_num_threads(options.threads)
+        if options.rows:
+            figures = bench_rows(
+                options.rows,
+                steps=options.steps,
+                warmup=options.warmup,
+                batch_size=options.batch_size,
+                precision=options.precision,
+                device=options.device,
+                seed=options.seed,
+            )
+            print(describe_rows(figures))
+            _write(options.json, figures)
+            return
         figures = bench_step(options)
         for variant, ms in figures["ms"].items():
             memory = figures.get("peak_memory_mb", {}).get(variant)
@@ -244,13 +265,15 @@ def _step_main(options: Annotated[Step, tyro.conf.arg(name="")]) -> None:
         )
         rates = ", ".join(f"{n} {rate:.0f} GFLOP/s" for n, rate in figures["gemm_gflops"].items())
         print(f"matrix product {'x'.join(map(str, GEMM_SHAPE))}: {rates}")
-        if options.json is not None:
-            try:
-                options.json.write_text(json.dumps(figures, indent=2) + "\n")
-            except OSError as error:
-                raise UserError(
-                    f"{options.json}: expected a writable file, found: {error}"
-                ) from None
+        _write(options.json, figures)
+
+
+def _write(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        try:
+            path.write_text(json.dumps(figures, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: expected a writable file, found: {error}") from None
 
 
 def _sac_main(options: Annotated[Sac, tyro.conf.arg(name="")]) -> None:

@@ -169,7 +169,7 @@ def _build_head(config: Config, feature_dim: int, latent_dim: int) -> nn.Module:
     if config.guide == "gaussian":
         return GaussianGuide(feature_dim, latent_dim)
     if config.guide == "fullcov":
-        return FullCovarianceGuide(feature_dim, latent_dim)
+        return FullCovarianceGuide(feature_dim, latent_dim, gain=config.gain)
     if config.guide == "flow":
         return FlowGuide(
             feature_dim,

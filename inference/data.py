@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.batches import Order, chosen, generator
 from inference.errors import UserError
 from models import toy
 
@@ -34,13 +35,10 @@ __all__ = [
     "SPLITS",
     "BinarizedMNIST",
     "Dataset",
-    "Order",
     "Split",
     "ToyData",
     "find_data_dir",
     "load_binarized_mnist",
-    "chosen",
-    "generator",
     "make_sample",
     "read_amat",
     "unpack",
@@ -109,30 +107,6 @@ class ToyData:
         return toy.sample(10_000 if num_points is None else num_points, generator=source)
 
 
-class Order:
-    """The order in which the rows of a training set are seen, shuffled anew at each epoch.
-
-    :param int count: number of rows.
-    :param int batch_size: rows of a minibatch; the rest of an epoch is left out.
-    :param int seed: seed of the order.
-    :param torch.device device: where the indices are wanted.
-    """
-
-    def __init__(self, count: int, batch_size: int, seed: int, *, device: torch.device) -> None:
-        self.count, self.batch_size, self.seed = count, min(batch_size, count), seed
-        self.device = device
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.long)
-
-    def indices(self, step: int) -> Tensor:
-        """The rows of the minibatch of a step."""
-        epoch, batch = divmod(step, self.count // self.batch_size)
-        if epoch != self._epoch:
-            order = torch.randperm(self.count, generator=generator(self.seed, 0, epoch))
-            self._order, self._epoch = order.to(self.device), epoch
-        return self._order[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-
 class BinarizedMNIST:
     """Statically binarized MNIST, rows kept packed, unpacked minibatch by minibatch.
 
@@ -167,19 +141,6 @@ class BinarizedMNIST:
         rows = self.splits[split]
         # The test split is sorted by digit: its first images are no sample of it.
         return unpack(rows[chosen(len(rows), num_points, seed).to(rows.device)])
-
-
-def chosen(count: int, num_points: int | None, seed: int) -> Tensor:
-    """A random subset of ``count`` rows; all of them, in order, for ``None`` or too few."""
-    if num_points is None or num_points >= count:
-        return torch.arange(count)
-    return torch.randperm(count, generator=generator(seed, 1, 0))[:num_points]
-
-
-def generator(*key: int, device: torch.device | None = None) -> torch.Generator:
-    """A source of randomness that is a function of some numbers."""
-    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator(device or "cpu").manual_seed(int(seed) >> 1)
 
 
 @cache

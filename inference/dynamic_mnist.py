@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inference.data import Order, chosen, find_data_dir, generator
+from inference.batches import Order, chosen, generator
+from inference.data import find_data_dir
 from inference.errors import UserError
 
 __all__ = ["DynamicMNIST", "load_images"]

@@ -94,7 +94,9 @@ class Config:
     beta_start: float = 1.0
     """Weight of the KL terms at the first step, in (0, 1]."""
     beta_steps: int = 0
-    """Steps over which that weight rises to 1, geometrically."""
+    """Steps over which that weight rises to 1, ..."""
+    beta_shape: Literal["geometric", "linear"] = "geometric"
+    """... and how."""
     decay_start: int = 0
     """Step at which the step size begins to fall."""
     decay_steps: int = 0

@@ -82,12 +82,13 @@ class Training:
 
     :param Config config: options.
     :param Dataset data: data.
+    :param str name: as in :class:`models.vae.VAE`.
     """
 
-    def __init__(self, config: Config, data: Dataset) -> None:
+    def __init__(self, config: Config, data: Dataset, *, name: str = "vae") -> None:
         self.config = config
         self.data = data
-        self.vae = build_vae(config, data.mean)
+        self.vae = build_vae(config, data.mean, name=name)
         self.loss: ELBO = build_loss(config)
         self.optim = TorchOptim(self.vae, self._adam(), clip_norm=config.clip_norm)
         self.rates = [group["lr"] for group in self.optim.optimizer.param_groups]
@@ -126,8 +127,10 @@ class Training:
         """Weight of the KL terms at the next step."""
         if self.steps_done >= self.config.beta_steps:
             return 1.0
-        remaining = 1 - self.steps_done / self.config.beta_steps
-        return float(self.config.beta_start**remaining)
+        start, remaining = self.config.beta_start, 1 - self.steps_done / self.config.beta_steps
+        if self.config.beta_shape == "linear":
+            return 1 - remaining * (1 - start)
+        return float(start**remaining)
 
     @property
     def decay(self) -> float:
@@ -160,9 +163,11 @@ class Training:
             self.average.update_parameters(self.vae)
         return loss
 
-    def _average(self, averages: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:
-        # A short horizon at first, (1 + n) / (10 + n), forgets the initial weights.
-        decay = min(self.config.average_decay**AVERAGE_EVERY, (1 + int(count)) / (10 + int(count)))
+    def _average(self, averages: list[Tensor], values: list[Tensor], _count: Tensor | int) -> None:
+        # A short horizon at first, (1 + n) / (10 + n), forgets the initial weights. The number of
+        # averages so far is not read from ``_count``, which lies on the device.
+        count = self.steps_done // AVERAGE_EVERY - 1
+        decay = min(self.config.average_decay**AVERAGE_EVERY, (1 + count) / (10 + count))
         torch._foreach_lerp_(averages, values, 1 - decay)
 
     def state(self) -> dict[str, Any]:

@@ -24,6 +24,19 @@ class _Centred(nn.Module):
         return (2 * value - 1).reshape(-1, 1, 28, 28)
 
 
+class _ChannelsLast(nn.Module):
+    """Feature maps with channels last in memory.
+
+    On a CPU the ResConv decoder gains 43 ms by it, of 258 with the trunk (fp32, 128 images, forward
+    and backward), because of the enlargements; the other networks gain nothing. Weights stay as
+    they are: Pyro's parameter store copies one that is not contiguous, and the copy is what would
+    be trained.
+    """
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value.contiguous(memory_format=torch.channels_last)
+
+
 class _Batched(Network):
     """A network of rows ``[n, D]`` for any number of leading dimensions."""
 
@@ -178,7 +191,7 @@ class ResConvNetwork(_ImageNetwork):
         super().__init__(
             nn.Sequential(
                 *(_linear(latent_dim, hidden_dim), ELU(), _linear(hidden_dim, _WIDTH), ELU()),
-                *(nn.Unflatten(1, (_CHANNELS, _SIDE, _SIDE)), _Enlarge()),
+                *(nn.Unflatten(1, (_CHANNELS, _SIDE, _SIDE)), _ChannelsLast(), _Enlarge()),
                 *(_convolution(_CHANNELS, 32), ELU(), _convolution(32, 32), ELU()),
                 *(nn.ZeroPad2d((0, -1, 0, -1)), _Enlarge()),
                 *(_convolution(32, 16), ELU(), _convolution(16, 16), ELU(), _Enlarge()),

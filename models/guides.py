@@ -35,16 +35,20 @@ class GaussianGuide(nn.Module):
 
 
 class FullCovarianceGuide(nn.Module):
-    r"""A Normal with full covariance, :math:`z = \mu(h) + \sigma(h) \odot (I + L(h))\, \epsilon`.
+    r"""A Normal with full covariance.
+
+    .. math:: z = \mu(h) + \sigma(h) \odot (I + \gamma L(h))\, \epsilon
 
     L is strictly lower triangular and starts at zero, so the guide starts as a diagonal one.
 
     :param int feature_dim: width of the features.
     :param int latent_dim: width of the latent.
+    :param float gain: :math:`\gamma`, positive.
     """
 
-    def __init__(self, feature_dim: int, latent_dim: int) -> None:
+    def __init__(self, feature_dim: int, latent_dim: int, *, gain: float = 0.1) -> None:
         super().__init__()
+        self.gain = gain
         self.base = GaussianGuide(feature_dim, latent_dim)
         rows, columns = torch.tril_indices(latent_dim, latent_dim, -1)
         self.register_buffer("below", rows * latent_dim + columns, persistent=False)
@@ -56,8 +60,9 @@ class FullCovarianceGuide(nn.Module):
         loc, scale = self.base.loc(features), self.base.log_scale(features).exp()
         dim = loc.shape[-1]
         factor = loc.new_zeros(*loc.shape[:-1], dim * dim)
-        factor = factor.index_copy(-1, self.below, self.factor(features))
-        factor = factor.unflatten(-1, (dim, dim)) + torch.eye(dim).to(loc)
+        factor = factor.index_copy(-1, self.below, self.gain * self.factor(features))
+        identity = torch.eye(dim, dtype=loc.dtype, device=loc.device)
+        factor = factor.unflatten(-1, (dim, dim)) + identity
         scale_tril = scale.unsqueeze(-1) * factor
         return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
 

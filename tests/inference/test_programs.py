@@ -151,6 +151,19 @@ def test_bench_step(program: Program, tmp_path: Path) -> None:
     assert all(peak["total"] > peak["above_imports"] for peak in figures["peak_memory_mb"].values())
 
 
+def test_bench_rows(program: Program, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    rows = ("sbmnist-mlp2-gaussian", "sbmnist-mlp2-implicit")
+    small = ("--steps", 2, "--warmup", 1, "--batch-size", 8, "--json", path)
+    program("bench", "step", "--rows", *rows, *small)
+    figures = json.loads(path.read_text())["rows"]
+    assert set(figures) == set(rows)
+    gaussian, implicit = figures.values()
+    assert gaussian["score_ms"] == 0
+    assert 0 < implicit["score_ms"] < implicit["ms"]
+    assert implicit["ratio"] == implicit["ms"] / gaussian["ms"]
+
+
 def test_errors_end_in_one_line(
     program: Program, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +193,7 @@ def test_errors_end_in_one_line(
         ((*toy, "--schedule", "paper"), "expected an MNIST preset"),
         (("evaluate", tmp_path / "none"), "expected a run folder, found none"),
         ((*bench, "--json", tmp_path / "file" / "x.json"), "expected a writable file"),
+        ((*bench, "--rows", "sbmnist-mlp-gauss"), "--rows: expected MNIST presets"),
     ]
     capsys.readouterr()
     for arguments, message in table:

@@ -120,6 +120,17 @@ def test_paper_schedule_and_options_over_it(
     assert (recorded["batch_size"], recorded["steps"], recorded["beta_steps"]) == (16, 2, 7)
 
 
+@pytest.mark.parametrize(("shape", "half"), [("geometric", 0.1), ("linear", 0.505)])
+def test_annealing(shape: str, half: float, sample_dir: Path) -> None:
+    options = {"beta_start": 0.01, "beta_steps": 100, "beta_shape": shape}
+    config = tiny("sbmnist-mlp-gaussian", sample_dir, **options)
+    training = Training(config, build_data(config))
+    seen = []
+    for training.steps_done in (0, 50, 100, 200):
+        seen.append(training.beta)
+    assert seen == pytest.approx([0.01, half, 1.0, 1.0])
+
+
 def test_training_on_validation_images_keeps_the_last_weights(
     program: Program, sample_dir: Path, tmp_path: Path
 ) -> None:

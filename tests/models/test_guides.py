@@ -46,7 +46,7 @@ def test_full_covariance_density(float64: None) -> None:
     features = torch.randn(BATCH, FEATURES)
     posterior = head(features)
     assert (posterior.batch_shape, posterior.event_shape) == ((BATCH,), (LATENT,))
-    entries = head.factor(features)
+    entries = head.gain * head.factor(features)
     lower = torch.eye(LATENT).repeat(BATCH, 1, 1)
     lower[:, 1, 0], lower[:, 2, 0], lower[:, 2, 1] = entries.unbind(-1)
     factor = head.base.log_scale(features).exp().unsqueeze(-1) * lower

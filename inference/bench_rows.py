@@ -1,0 +1,143 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Milliseconds of a training step of rows of the VAE benchmark, model and score apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pyro
+import torch
+from torch import Tensor
+
+from inference.errors import UserError
+from inference.precision import process_precision
+from inference.presets import PRESETS, Config
+from inference.vae import Training
+from pyro_ardae import TraceImplicit_ELBO
+
+__all__ = ["bench_rows", "describe_rows"]
+
+
+class _Stopwatch:
+    """Time so far: of this process on a CPU, where others compete for it; of the device else."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+
+    def __call__(self) -> float:
+        if not self.cuda:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class _Fixed:
+    """One minibatch, with pixels as dark as MNIST's: the arithmetic is the same for any."""
+
+    def __init__(self, batch_size: int, device: str) -> None:
+        self.mean = torch.full((784,), 0.13, device=device)
+        self.batch = torch.bernoulli(self.mean.expand(batch_size, -1))
+
+    def minibatch(self, step: int) -> Tensor:
+        return self.batch
+
+    def subset(self, split: str, num_points: int | None, seed: int) -> Tensor:
+        return self.batch
+
+
+class _Row:
+    """A preset in training, and the time that its score estimators took."""
+
+    def __init__(self, name: str, config: Config, clock: _Stopwatch) -> None:
+        self.clock, self.score_seconds = clock, 0.0
+        data = _Fixed(config.batch_size, config.device)
+        self.training = Training(config, data, name=name)
+        self.training.step()  # builds the estimators
+        loss = self.training.loss
+        if isinstance(loss, TraceImplicit_ELBO):
+            for estimator in loss.estimators.values():
+                estimator.update = self._timed(estimator.update)
+                estimator.forward = self._timed(estimator.forward)
+
+    def _timed(self, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            start = self.clock()
+            result = method(*args, **kwargs)
+            self.score_seconds += self.clock() - start
+            return result
+
+        return call
+
+    def step(self) -> tuple[float, float]:
+        """Takes a step; seconds in all, and of them in the score estimators."""
+        self.score_seconds = 0.0
+        start = self.clock()
+        self.training.step()
+        return self.clock() - start, self.score_seconds
+
+
+def bench_rows(
+    rows: tuple[str, ...],
+    *,
+    steps: int,
+    warmup: int,
+    batch_size: int,
+    precision: Literal["auto", "fp32", "tf32", "bf16"],
+    device: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Times training steps of presets that take turns in one process.
+
+    :param tuple[str, ...] rows: names of MNIST presets.
+    :param int steps: timed steps of each.
+    :param int warmup: steps of each before the clock runs.
+    :param int batch_size: images of a minibatch.
+    :param str precision: precision of the matrix products.
+    :param str device: torch device.
+    :param int seed: seed of weights, data and noise.
+    :returns: for each row ``ms`` a step, ``score_ms`` of it in the score estimators, medians, and
+        ``ratio`` to the row of the Gaussian guide and the same networks, where that is among them.
+    :raises UserError: for a name that is no MNIST preset.
+    """
+    known = [name for name, (_, config) in PRESETS.items() if config.data != "25gaussians"]
+    unknown = [name for name in rows if name not in known]
+    if unknown:
+        raise UserError(f"--rows: expected MNIST presets, found {', '.join(unknown)}")
+    clock, runs = _Stopwatch(device), {}
+    options = {"batch_size": batch_size, "precision": precision, "device": device, "seed": seed}
+    for name in rows:
+        config = dataclasses.replace(PRESETS[name][1], **options)
+        process_precision(device, tf32=config.tf32)
+        pyro.set_rng_seed(seed)
+        runs[name] = _Row(name, config, clock)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+    for index in range(warmup + steps):
+        for name, row in runs.items():
+            taken = row.step()
+            if index >= warmup:
+                times[name].append(taken)
+    figures: dict[str, Any] = {"rows": {}, "batch_size": batch_size, "precision": precision}
+    for name, taken in times.items():
+        total, score = (1e3 * statistics.median(values) for values in zip(*taken, strict=True))
+        figures["rows"][name] = {"ms": total, "score_ms": score}
+    for name, of_row in figures["rows"].items():
+        gaussian = f"{PRESETS[name][1].task}-gaussian"
+        if gaussian in figures["rows"]:
+            of_row["ratio"] = of_row["ms"] / figures["rows"][gaussian]["ms"]
+    return {**figures, "steps": steps, "device": device, "torch": torch.__version__}
+
+
+def describe_rows(figures: dict[str, Any]) -> str:
+    """The figures as a table."""
+    lines = [f"{'row':36} {'ms a step':>10} {'model':>8} {'score':>8} {'ratio':>6}"]
+    for name, of_row in figures["rows"].items():
+        total, score = of_row["ms"], of_row["score_ms"]
+        ratio = f"{of_row['ratio']:6.2f}" if "ratio" in of_row else ""
+        lines.append(f"{name:36} {total:10.2f} {total - score:8.2f} {score:8.2f} {ratio}")
+    return "\n".join(lines)
