@@ -12,8 +12,9 @@ turns in one process, so that a slow moment of the machine meets both:
   alone, of the same shapes.
 
 It prints the median of each, their ratio, the rate of a matrix product in fp32 and bf16 measured
-between the steps, and the peak memory of each variant: the largest resident set of a process of
-its own that takes a few steps, in total and above what it was with all imported.
+between the steps, and the peak memory of each variant, of a process of its own that takes a few
+steps: the largest resident set, by how much it is above that with all imported, and (on Linux)
+what of it is the process's own after a step; the rest is code of libraries, mapped from files.
 
 ``step --rows PRESET ...`` times training steps of rows of the VAE benchmark instead, model and
 score apart, with ``--device cuda`` on a GPU: see :mod:`inference.bench_rows`.
@@ -204,19 +205,27 @@ def _memory(variant: str, options: Step) -> dict[str, float]:
 def _measure_memory(options: Memory) -> dict[str, int]:
     before = _peak()
     step = _build_step(options.variant, options)
+    own: list[int] = []
     for _ in range(options.steps):
         step()
-    return {"total": _peak(), "above_imports": _peak() - before}
+        own += _status("RssAnon")
+    figures = {"total": _peak(), "above_imports": _peak() - before}
+    return figures | ({"own": max(own)} if own else {})
 
 
 def _peak() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: on Linux a process inherits that of the one that started it.
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    # Not ru_maxrss: on Linux a process inherits that of the one that started it.
+    for size in _status("VmHWM"):
+        return size
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(name: str) -> list[int]:
+    """An entry of this process's status in bytes; none where there is no such file."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")]
 
 
 def main() -> None:
@@ -250,12 +259,13 @@ def _step_main(options: Annotated[Step, tyro.conf.arg(name="")]) -> None:
         figures = bench_step(options)
         for variant, ms in figures["ms"].items():
             memory = figures.get("peak_memory_mb", {}).get(variant)
-            peak = (
-                f", peak memory {memory['total']:.0f} MB ({memory['above_imports']:.0f} MB above "
-                "what the imports take)"
-                if memory
-                else ""
-            )
+            peak = ""
+            if memory:
+                peak = (
+                    f", peak memory {memory['total']:.0f} MB ({memory['above_imports']:.0f} MB "
+                    "above what the imports take"
+                )
+                peak += f"; {memory['own']:.0f} MB its own)" if "own" in memory else ")"
             print(f"{variant}: {ms:.2f} ms a step{peak}")
         print(f"ratio implicit / explicit: {figures['ratio']:.2f}")
         score = figures["score_ms"]
