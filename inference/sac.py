@@ -45,7 +45,7 @@ COLUMNS = (
     *("eval_return", "eval_return_std", "eval_length", "eval_return_no_noise"),
     *("eval_return_no_noise_std", "goal_0", "goal_1", "goal_2", "goal_3"),
     *("critic_loss", "q", "q_policy", "log_pi", "alpha", "max_z"),
-    *("score_loss", "stein", "stein_se", "log_prob_se", "width"),
+    *("score_loss", "stein", "stein_se", "log_z", "width"),
 )
 
 _DESCRIPTION = """Trains an agent by soft actor-critic; each preset below.

@@ -94,6 +94,8 @@ class Config:
     """sac-ardae: factor on the noise before the actor's first layer."""
     spread: float = 0.6
     """sac-ardae: scale of the policy before the tanh, before training."""
+    sign_scale: float = 0.6
+    """sac-ardae: scale of the actor's random signs, before training."""
     min_scale: float = 0.05
     """sac-ardae: least scale of the noise that the actor's last layer adds."""
     bound: float = 4.0
@@ -102,7 +104,7 @@ class Config:
     """sac-ardae: squared stretch of the noise below which is penalized; 0: none."""
     jacobian_exponent: float = 1.1
     """sac-ardae: the weight of that penalty is min(1 + update ** exponent / 1000, 1e5)."""
-    score_draws: int = 4
+    score_draws: int = 2
     """sac-ardae: draws per state by which the score is learned in an update."""
     score_steps: int = 1
     """sac-ardae: optimizer steps of an update, each on one part of the draws."""
@@ -114,8 +116,10 @@ class Config:
     """sac-ardae: step size of the score network."""
     score_delta: float = 0.1
     """sac-ardae: scale of the noise by which the score is learned, in the policy's scales."""
-    score_normalizer_draws: int = 16
-    """sac-ardae: draws for the normalizing constant of log π."""
+    score_ratio_weight: float = 30.0
+    """sac-ardae: weight of telling its draws from a Gaussian's in the training of the score."""
+    score_normalizer_draws: int = 0
+    """sac-ardae: draws for the normalizing constant of log π; 0: it is learned by the ratio."""
 
     @property
     def preset(self) -> str:
@@ -232,6 +236,7 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
         noise_hidden_dims=config.noise_hidden_dims,
         noise_scale=config.noise_scale,
         spread=config.spread,
+        sign_scale=config.sign_scale,
         min_scale=config.min_scale,
     )
     estimator = ARDAE(
@@ -244,6 +249,7 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
         delta=config.score_delta,
         num_folds=config.score_steps,
         learning_rate=config.score_learning_rate,
+        ratio_weight=config.score_ratio_weight,
         num_normalizer_samples=config.score_normalizer_draws,
         quasi_random=True,
     )
