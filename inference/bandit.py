@@ -18,7 +18,7 @@ policy is p. Columns of results.csv, a row for each run and state:
 - ``weight``, ``weight_exact``: mass of π and of p in the half-space of the first mode;
 - ``log_prob_error``: mean over draws of the policy of |estimated log q(z | s) - that of a
   histogram of 4 million other draws of z|, of the implicit policy;
-- ``log_prob_se``, ``stein``: as in docs/sac.md.
+- ``log_z``, ``stein``: as in docs/sac.md.
 
 With a factorized bandit (6d) ``kl`` is the mean over coordinates, and ``smallest_mode`` and
 ``largest_mode`` are the modes' weights relative to the exact ones.
@@ -73,11 +73,11 @@ class Options:
     """CPU threads of torch."""
     out: Path = Path("runs/bandit")
     """Folder of results.csv."""
-    alpha_start: float = 2.0
+    alpha_start: float = 10.0
     """Factor on the temperature at first, falling to 1 geometrically, ..."""
     alpha_share: float = 0.7
-    """... over this share of the time. At the final temperature hardly a draw lies between modes,
-    and errors of the score there shift their weights."""
+    """... over this share of the time. From the final temperature on, a mode that is dropped once
+    stays dropped."""
     decay_start: float = 0.5
     """Share of the time after which step sizes fall, along a cosine, to zero."""
     config: Config = dataclasses.field(

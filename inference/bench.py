@@ -15,7 +15,8 @@ It prints the median of each, their ratio, the rate of a matrix product in fp32 
 between the steps, and the peak memory of each variant: the largest resident set of a process of
 its own that takes a few steps, in total and above what it was with all imported.
 
-``sac`` times soft actor-critic: see :mod:`inference.bench_sac`.
+``sac`` times soft actor-critic: see :mod:`inference.bench_sac`. ``learn`` compares what its agents
+learn: see :mod:`inference.bench_learn`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import torch
 import tyro
 from pyro.infer import SVI
 
+from inference.bench_learn import Learn, bench_learn
 from inference.bench_sac import Sac, bench_sac, report
 from inference.errors import UserError, user_errors
 from inference.optim import TorchOptim
@@ -211,9 +213,9 @@ def _peak() -> int:
 def main() -> None:
     """Runs a benchmark."""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"step": _step_main, "sac": _sac_main, "memory": _memory_main},
+        {"step": _step_main, "sac": _sac_main, "learn": _learn_main, "memory": _memory_main},
         prog="python -m inference.bench",
-        description="Benchmarks; `step` and `sac` are the ones to run.",
+        description="Benchmarks; `step`, `sac` and `learn` are the ones to run.",
     )
     del options
 
@@ -256,6 +258,14 @@ def _sac_main(options: Annotated[Sac, tyro.conf.arg(name="")]) -> None:
         # A global of the process, which this program owns.
         torch.set_num_threads(options.threads)
         report(bench_sac(options), options.json)
+
+
+def _learn_main(options: Annotated[Learn, tyro.conf.arg(name="")]) -> None:
+    """Trains agents and Stable-Baselines3's on tasks, and compares their returns."""
+    with user_errors():
+        # A global of the process, which this program owns.
+        torch.set_num_threads(1)
+        bench_learn(options)
 
 
 def _memory_main(options: Annotated[Memory, tyro.conf.arg(name="")]) -> None:

@@ -88,14 +88,15 @@ class Agent:
             next_value = next_q - self.alpha * log_pi
             target = batch.reward + config.gamma * (1 - batch.terminated) * next_value
         q = self.critic(batch.obs, batch.action)
-        loss = 0.5 * (q - target).square().mean(1).sum()
-        loss.backward()
+        # The gradient of the loss by q is known.
+        error = q.detach() - target
+        q.backward(error / len(target))
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, config.tau)
-        q = q.detach()
-        found = {"critic_loss": loss.detach(), "q": q.mean(), "log_pi": mean}
+        q, loss = q.detach(), 0.5 * error.square().mean(1).sum()
+        found = {"critic_loss": loss, "q": q.mean(), "log_pi": mean}
         return found | {"baseline": q.amin(0)}
 
     def update_actor(
@@ -108,15 +109,19 @@ class Agent:
         :param baseline: values ``[B]`` of the states, of any other action there: less variance.
         """
         z, log_pi, penalty, log_choice = self.policy.rsample(obs, draws)
-        valued = z.clone()
-        valued.register_hook(self._feel)
+        valued = z
+        if penalty is not None:
+            valued = z.clone()
+            valued.register_hook(self._feel)
         self._learn_critic(False)
         q = self.critic(obs, valued.tanh()).amin(0)
         self._learn_critic(True)
-        # What keeps a policy in range has to hold against the values, whatever their unit.
-        weight = self.force.clamp_min(1.0).clone()
         cost = self.alpha * log_pi - q
-        loss = cost.mean() + weight * penalty + self.jacobian_clamp(obs)
+        loss = cost.mean()
+        if penalty is not None:
+            # What keeps a policy in range has to hold against the values, whatever their unit.
+            weight = self.force.clamp_min(1.0).clone()
+            loss = loss + weight * penalty + self.jacobian_clamp(obs)
         if log_choice is not None:
             # A discrete choice has no path to differentiate along, but a probability.
             regret = cost.detach() + baseline
@@ -138,7 +143,7 @@ class Agent:
 
     def update_alpha(self, log_pi: Tensor) -> None:
         """One step of the temperature on the mean of log π, by its logarithm."""
-        (-self.log_alpha * (log_pi + self.target_entropy)).backward()
+        self.log_alpha.grad = -(log_pi + self.target_entropy)
         self.alpha_optimizer.step()
         self.alpha_optimizer.zero_grad(set_to_none=True)
 

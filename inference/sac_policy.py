@@ -28,8 +28,8 @@ class Draw(NamedTuple):
     """What goes into the tanh, ``[B, D]``, differentiable."""
     log_pi: Tensor
     """Log π of the action ``[B]``, with the gradient along the draw."""
-    penalty: Tensor
-    """What keeps the policy in range, scalar."""
+    penalty: Tensor | None
+    """What keeps the policy in range, scalar, if something has to."""
     log_choice: Tensor | None
     """Log-probability of the discrete part of the noise ``[B]``, if there is one."""
 
@@ -50,7 +50,7 @@ class ExplicitPolicy(nn.Module):
     def rsample(self, obs: Tensor, draws: None = None) -> Draw:
         """A draw without penalty."""
         z, log_prob = self.actor.rsample_and_log_prob(obs)
-        return Draw(z, log_prob - log_tanh_slope(z), z.new_zeros(()), None)
+        return Draw(z, log_prob - log_tanh_slope(z), None, None)
 
     @torch.no_grad()
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:

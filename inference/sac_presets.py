@@ -50,7 +50,8 @@ class Config:
     eval_episodes: int = 10
     """Episodes of an evaluation, with noise and as many without."""
     checkpoint_every: int = 10_000
-    """Environment steps between checkpoints. Episodes are cut off there, as by a time limit."""
+    """Steps of each environment between checkpoints. Episodes are cut off there, as by a time
+    limit: a small number leaves no whole ones."""
     save_buffer: bool = True
     """Whether checkpoints hold the replay buffer. Without it a resumed run fills a new one."""
     record_video: bool = False
@@ -194,6 +195,9 @@ def check(config: Config) -> None:
         (config.eval_every > 0, "eval-every", "a positive number"),
         (config.eval_episodes > 0, "eval-episodes", "a positive number"),
         (config.checkpoint_every > 0, "checkpoint-every", "a positive number"),
+        (config.threads > 0, "threads", "a positive number"),
+        (config.learning_starts >= 0, "learning-starts", "no negative number"),
+        (min(config.hidden_dims, default=0) > 0, "hidden-dims", "positive widths"),
         (config.buffer_size >= config.num_envs, "buffer-size", "--num-envs at least"),
         (config.batch_size > 1, "batch-size", "at least 2"),
         (0 <= config.gamma < 1, "gamma", "a discount in [0, 1)"),
@@ -202,6 +206,24 @@ def check(config: Config) -> None:
         (config.actor_learning_rate > 0, "actor-learning-rate", "a positive number"),
         (config.alpha > 0, "alpha", "a positive temperature"),
         (config.alpha_start > 0, "alpha-start", "a positive factor"),
+        (config.alpha_steps >= 0, "alpha-steps", "no negative number"),
+        (min(config.noise_hidden_dims, default=0) > 0, "noise-hidden-dims", "positive widths"),
+        (config.noise_scale > 0, "noise-scale", "a positive factor"),
+        (config.spread > 0, "spread", "a positive scale"),
+        (0 <= config.sign_scale <= 0.9, "sign-scale", "a scale in [0, 0.9]"),
+        (config.min_scale > 0, "min-scale", "a positive scale"),
+        (config.bound > 0, "bound", "a positive magnitude"),
+        (config.jacobian_clamp >= 0, "jacobian-clamp", "no negative number"),
+        (config.score_hidden_dim > 0, "score-hidden-dim", "a positive width"),
+        (config.score_depth > 0, "score-depth", "a positive number"),
+        (config.score_learning_rate > 0, "score-learning-rate", "a positive number"),
+        (0 < config.score_delta <= 1, "score-delta", "a scale in (0, 1]"),
+        (config.score_ratio_weight >= 0, "score-ratio-weight", "no negative number"),
+        (
+            config.score_normalizer_draws >= (0 if config.score_ratio_weight else 1),
+            "score-normalizer-draws",
+            "a positive number, or 0 with a --score-ratio-weight",
+        ),
         (config.noise_dim is None or config.noise_dim > 0, "noise-dim", "a positive number"),
         (config.score_steps > 0, "score-steps", "a positive number"),
         (config.score_draws >= config.score_steps, "score-draws", "--score-steps at least"),

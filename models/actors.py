@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
 from models.networks import MLP
@@ -33,13 +34,27 @@ __all__ = ["Encoded", "FlowActor", "GaussianActor", "ImplicitActor", "log_tanh_s
 _LOG_SCALE = (-20.0, 2.0)
 
 
+class _LogTanhSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return 2 * (math.log(2) - z - F.softplus(-2 * z)).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return z.tanh().mul_(-2).mul_(grad.unsqueeze(-1))
+
+
 def log_tanh_slope(z: Tensor) -> Tensor:
     r"""``[..., D]`` to ``[...]``: :math:`\sum_i \log(1 - \tanh^2 z_i)`, without overflow.
 
     It equals :math:`\sum_i 2 (\log 2 - z_i - \mathrm{softplus}(-2 z_i))`; its gradient is
-    :math:`-2 \tanh z`.
+    :math:`-2 \tanh z`. Differentiable once.
     """
-    return 2 * (math.log(2) - z - F.softplus(-2 * z)).sum(-1)
+    slope: Tensor = _LogTanhSlope.apply(z)
+    return slope
 
 
 class GaussianActor(nn.Module):

@@ -102,7 +102,7 @@ def test_antithetic_loss_is_the_plain_definition_on_given_noise(float64: None, k
 def test_learns_without_whitening() -> None:
     estimator = ARDAE(2, whitening="none", hidden_dim=32, depth=2)
     scale = torch.tensor([1.0, 0.7])
-    for _ in range(150):
+    for _ in range(250):
         estimator.update(scale * torch.randn(512, 2))
     value = scale * torch.randn(2000, 2)
     score = -value / scale**2
@@ -273,7 +273,7 @@ def test_ratio_weight_learns_weights_and_normalization() -> None:
             center = torch.where(torch.rand(count, 1, 1) < 0.8, -0.7, 1.5)
             return center + 0.15 * torch.randn(count, 1, 1)
 
-        for _ in range(150):
+        for _ in range(250):
             estimator.update(draw(256))
         z = draw(2000)
         normal = torch.distributions.Normal(torch.tensor([-0.7, 1.5]), 0.15)
@@ -285,7 +285,7 @@ def test_ratio_weight_learns_weights_and_normalization() -> None:
         if weight:
             assert torch.allclose(log_prob.squeeze(-1), found, atol=1e-5)
             assert abs(float(estimator.log_normalizer(z))) < 0.2
-    assert errors[30.0] < 0.15 < errors[0.0]
+    assert errors[30.0] < 0.2 < errors[0.0]
 
 
 @pytest.mark.parametrize(
