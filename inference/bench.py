@@ -45,6 +45,7 @@ from inference.bench_sac import Sac, bench_sac, report
 from inference.errors import UserError, user_errors
 from inference.optim import TorchOptim
 from inference.presets import PRESETS, build_loss, build_score_estimator, build_vae
+from inference.run import keep_freed_memory
 from pyro_ardae.score.student import Student
 
 __all__ = ["Step", "bench_step", "main"]
@@ -257,6 +258,7 @@ def _sac_main(options: Annotated[Sac, tyro.conf.arg(name="")]) -> None:
     with user_errors():
         # A global of the process, which this program owns.
         torch.set_num_threads(options.threads)
+        keep_freed_memory()
         report(bench_sac(options), options.json)
 
 
@@ -265,6 +267,7 @@ def _learn_main(options: Annotated[Learn, tyro.conf.arg(name="")]) -> None:
     with user_errors():
         # A global of the process, which this program owns.
         torch.set_num_threads(1)
+        keep_freed_memory()
         bench_learn(options)
 
 

@@ -33,7 +33,7 @@ from inference import sac_plots
 from inference.errors import UserError, user_errors
 from inference.replay import Replay
 from inference.rollout import Collector, Episode, evaluate, make_envs, record_episode
-from inference.run import RunFolder, load_rng_state, rng_state
+from inference.run import RunFolder, keep_freed_memory, load_rng_state, rng_state
 from inference.sac_agent import Agent
 from inference.sac_presets import MAY_DIFFER, PRESETS, Config, build_policy, check
 from models.critics import TwinCritic
@@ -280,6 +280,7 @@ def main() -> None:
     )
     # A global of the process, which this program owns.
     torch.set_num_threads(config.threads)
+    keep_freed_memory()
     with user_errors():
         run(config)
 

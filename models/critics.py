@@ -32,8 +32,9 @@ class _Stack(torch.autograd.Function):
             h = torch.baddbmm(bias, h, weight).relu_()
             saved.append(h)
         ctx.save_for_backward(*saved, *weights)
-        # A product with one column takes six times as long as what it does.
-        return (h * weights[-1].mT).sum(-1) + biases[-1].squeeze(-1)
+        # A batched product with one column takes seven times as long.
+        last = zip(h, weights[-1].squeeze(-1), strict=True)
+        return torch.stack([torch.mv(*one) for one in last]).add_(biases[-1].squeeze(-1))
 
     @staticmethod
     @once_differentiable
@@ -49,10 +50,11 @@ class _Stack(torch.autograd.Function):
             if needed[1 + 2 * i] and i + 1 < count:
                 found[1 + 2 * i] = saved[i].mT @ grad
             elif needed[1 + 2 * i]:
-                found[1 + 2 * i] = (saved[i] * grad).sum(1).unsqueeze(-1)
+                last = zip(saved[i], grad.squeeze(-1), strict=True)
+                found[1 + 2 * i] = torch.stack([h.mT.mv(g) for h, g in last]).unsqueeze(-1)
             if i:
-                below = grad * weights[i].mT if i + 1 == count else grad @ weights[i].mT
-                grad = torch.ops.aten.threshold_backward(below, saved[i], 0)
+                grad = grad * weights[i].mT if i + 1 == count else grad @ weights[i].mT
+                torch.ops.aten.threshold_backward.grad_input(grad, saved[i], 0, grad_input=grad)
             elif needed[0]:
                 found[0] = (grad @ weights[0].mT).sum(0)
         return tuple(found)
