@@ -18,7 +18,7 @@ policy is p. Columns of results.csv, a row for each run and state:
 - ``weight``, ``weight_exact``: mass of π and of p in the half-space of the first mode;
 - ``log_prob_error``: mean over draws of the policy of |estimated log q(z | s) - that of a
   histogram of 4 million other draws of z|, of the implicit policy;
-- ``log_prob_se``, ``stein``: as in docs/sac.md.
+- ``log_z``, ``stein``: as in docs/sac.md.
 
 With a factorized bandit (6d) ``kl`` is the mean over coordinates, and ``smallest_mode`` and
 ``largest_mode`` are the modes' weights relative to the exact ones.
@@ -39,6 +39,7 @@ import tyro
 from torch import Tensor
 
 from inference.errors import UserError, user_errors
+from inference.run import keep_freed_memory
 from inference.sac_agent import Agent
 from inference.sac_policy import ImplicitPolicy
 from inference.sac_presets import AgentName, Config, build_policy
@@ -73,11 +74,12 @@ class Options:
     """CPU threads of torch."""
     out: Path = Path("runs/bandit")
     """Folder of results.csv."""
-    alpha_start: float = 2.0
-    """Factor on the temperature at first, falling to 1 geometrically, ..."""
+    alpha_start: float | None = None
+    """Factor on the temperature at first, falling to 1 geometrically, ...; by default 10, and 4 for
+    6d, whose weights are products."""
     alpha_share: float = 0.7
-    """... over this share of the time. At the final temperature hardly a draw lies between modes,
-    and errors of the score there shift their weights."""
+    """... over this share of the time. From the final temperature on, a mode that is dropped once
+    stays dropped."""
     decay_start: float = 0.5
     """Share of the time after which step sizes fall, along a cosine, to zero."""
     config: Config = dataclasses.field(
@@ -97,6 +99,8 @@ def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) ->
     policy = build_policy(config, Bandit.NUM_STATES, bandit.action_dim)
     agent = Agent(policy, bandit, config)
     clock = time.perf_counter if options.clock == "wall" else time.process_time
+    default = 4.0 if bandit.factorized else 10.0
+    alpha_start = default if options.alpha_start is None else options.alpha_start
     score_rate, base = config.score_learning_rate, agent.log_alpha.clone()
     states = bandit.states().repeat(config.batch_size // Bandit.NUM_STATES, 1)
     started = clock()
@@ -105,7 +109,7 @@ def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) ->
         if progress >= 1:
             return agent
         left = max(0.0, 1 - progress / options.alpha_share) if options.alpha_share else 0.0
-        agent.log_alpha.copy_(base + left * math.log(options.alpha_start))
+        agent.log_alpha.copy_(base + left * math.log(alpha_start))
         past = max(0.0, (progress - options.decay_start) / (1 - options.decay_start))
         decay = 0.5 + 0.5 * math.cos(math.pi * past)
         agent.actor_optimizer.param_groups[0]["lr"] = config.actor_learning_rate * decay
@@ -216,6 +220,7 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m inference.bandit", description=__doc__)
     # A global of the process, which this program owns.
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     with user_errors():
         _run(options)
 
@@ -223,6 +228,8 @@ def main() -> None:
 def _run(options: Options) -> None:
     if options.seconds <= 0:
         raise UserError(f"--seconds: expected a positive time, found {options.seconds}")
+    if options.alpha_start is not None and options.alpha_start <= 0:
+        raise UserError(f"--alpha-start: expected a positive factor, found {options.alpha_start}")
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in options.seeds:

@@ -19,9 +19,10 @@ what of it is the process's own after a step; the rest is code of libraries, map
 ``step --rows PRESET ...`` times training steps of rows of the VAE benchmark instead, model and
 score apart, with ``--device cuda`` on a GPU: see :mod:`inference.bench_rows`.
 
-``sac`` times soft actor-critic: see :mod:`inference.bench_sac`.
-
 ``vae`` trains and compares VAE presets: see :mod:`inference.bench_vae`.
+
+``sac`` times soft actor-critic: see :mod:`inference.bench_sac`. ``learn`` compares what its agents
+learn: see :mod:`inference.bench_learn`.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ import torch
 import tyro
 from pyro.infer import SVI
 
+from inference.bench_learn import Learn, bench_learn
 from inference.bench_rows import bench_rows, describe_rows
 from inference.bench_sac import Sac, bench_sac, report
 from inference.bench_vae import Vae, bench_vae
 from inference.errors import UserError, user_errors
 from inference.optim import TorchOptim
 from inference.presets import PRESETS, build_loss, build_score_estimator, build_vae
+from inference.run import keep_freed_memory
 from pyro_ardae.score.student import Student
 
 __all__ = ["Step", "bench_step", "main"]
@@ -231,9 +234,15 @@ def _status(name: str) -> list[int]:
 def main() -> None:
     """Runs a benchmark."""
     options = tyro.extras.subcommand_cli_from_dict(
-        {"step": _step_main, "sac": _sac_main, "vae": _vae_main, "memory": _memory_main},
+        {
+            "step": _step_main,
+            "vae": _vae_main,
+            "sac": _sac_main,
+            "learn": _learn_main,
+            "memory": _memory_main,
+        },
         prog="python -m inference.bench",
-        description="Benchmarks; `step`, `sac` and `vae` are the ones to run.",
+        description="Benchmarks; all but `memory` are made to be run by hand.",
     )
     del options
 
@@ -291,6 +300,7 @@ def _sac_main(options: Annotated[Sac, tyro.conf.arg(name="")]) -> None:
     with user_errors():
         # A global of the process, which this program owns.
         torch.set_num_threads(options.threads)
+        keep_freed_memory()
         report(bench_sac(options), options.json)
 
 
@@ -300,6 +310,15 @@ def _vae_main(options: Annotated[Vae, tyro.conf.arg(name="")]) -> None:
         # A global of the process, which this program owns.
         torch.set_num_threads(options.threads)
         bench_vae(options)
+
+
+def _learn_main(options: Annotated[Learn, tyro.conf.arg(name="")]) -> None:
+    """Trains agents and Stable-Baselines3's on tasks, and compares their returns."""
+    with user_errors():
+        # A global of the process, which this program owns.
+        torch.set_num_threads(1)
+        keep_freed_memory()
+        bench_learn(options)
 
 
 def _memory_main(options: Annotated[Memory, tyro.conf.arg(name="")]) -> None:

@@ -23,7 +23,7 @@ import models.environments  # noqa: F401 (registers them)
 from inference.errors import UserError
 from inference.replay import Batch
 
-__all__ = ["Collector", "Episode", "evaluate", "make_envs", "record_episode"]
+__all__ = ["Collector", "Episode", "evaluate", "make_envs", "record_episode", "wrap"]
 
 #: Actions ``[B, D]`` in (-1, 1) for observations ``[B, obs_dim]``.
 Act = Callable[[Tensor], Tensor]
@@ -53,6 +53,11 @@ def _check(env: gymnasium.Env[Any, Any], env_id: str) -> None:
             f"{env_id}: expected actions in a Box, found {env.action_space}; soft actor-critic as "
             "provided has continuous actions only"
         )
+    if not np.issubdtype(env.action_space.dtype, np.floating):
+        raise UserError(
+            f"{env_id}: expected real actions, found {env.action_space}; soft actor-critic as "
+            "provided has continuous actions only"
+        )
     if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
         raise UserError(
             f"{env_id}: expected bounded actions, found {env.action_space}; wrap the environment "
@@ -60,7 +65,11 @@ def _check(env: gymnasium.Env[Any, Any], env_id: str) -> None:
         )
 
 
-def _wrap(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
+def wrap(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
+    """Flat observations and actions in [-1, 1].
+
+    :raises UserError: if its spaces are not bounded boxes of real numbers.
+    """
     _check(env, env.spec.id if env.spec else "environment")
     if len(env.action_space.shape or ()) != 1:
         inner = env.action_space
@@ -87,7 +96,7 @@ def make_envs(env_id: str, num_envs: int, **options: Any) -> VectorEnv[Any, Any,
             num_envs=num_envs,
             vectorization_mode="sync",
             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
-            wrappers=(_wrap,),
+            wrappers=(wrap,),
             **options,
         )
     except (DependencyNotInstalled, ImportError) as error:
@@ -241,7 +250,7 @@ def record_episode(env_id: str, act: Act, path: Path, *, seed: int, device: str 
     :raises UserError: if the environment cannot be rendered.
     """
     try:
-        env = _wrap(gymnasium.make(env_id, render_mode="rgb_array"))
+        env = wrap(gymnasium.make(env_id, render_mode="rgb_array"))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             obs, _ = env.reset(seed=seed)

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 import tyro
@@ -29,23 +30,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inference import sac_plots
-from inference.errors import user_errors
+from inference.errors import UserError, user_errors
 from inference.replay import Replay
 from inference.rollout import Collector, Episode, evaluate, make_envs, record_episode
-from inference.run import RunFolder, load_rng_state, rng_state
+from inference.run import RunFolder, keep_freed_memory, load_rng_state, rng_state
 from inference.sac_agent import Agent
 from inference.sac_presets import MAY_DIFFER, PRESETS, Config, build_policy, check
 from models.critics import TwinCritic
 from models.environments import MultiGoal
 
-__all__ = ["COLUMNS", "Training", "main", "run"]
+__all__ = ["COLUMNS", "Training", "main", "run", "seed_of"]
 
 COLUMNS = (
     *("step", "seconds", "updates", "steps_per_second", "train_return", "train_episodes"),
     *("eval_return", "eval_return_std", "eval_length", "eval_return_no_noise"),
     *("eval_return_no_noise_std", "goal_0", "goal_1", "goal_2", "goal_3"),
     *("critic_loss", "q", "q_policy", "log_pi", "alpha", "max_z"),
-    *("score_loss", "stein", "stein_se", "log_prob_se", "width"),
+    *("score_loss", "stein", "stein_se", "log_z", "width"),
 )
 
 _DESCRIPTION = """Trains an agent by soft actor-critic; each preset below.
@@ -96,8 +97,7 @@ class Training:
         """Begins new episodes with a seed of their own: where a resumed run can go on exactly,
         whatever an environment remembers.
         """
-        seed = (1_000_003 * (self.config.seed + 1) + self.steps_done) % 2**31
-        self.collector.reset(seed)
+        self.collector.reset(seed_of(self.config.seed, "episodes", self.steps_done))
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, as tensors and plain values."""
@@ -141,15 +141,23 @@ class Training:
         return row
 
     def play(self, *, noise: bool) -> list[Episode]:
-        """Evaluation episodes. Their seed is the run's, so agents of one seed meet the same."""
+        """Evaluation episodes, others at each step: their seed follows from it and the run's, so
+        agents of one seed meet the same.
+        """
         config = self.config
         return evaluate(
             config.env,
             lambda obs: self.agent.act(obs, noise=noise),
             episodes=config.eval_episodes,
-            seed=config.seed + 10_000,
+            seed=seed_of(config.seed, "evaluation", self.steps_done),
             device=config.device,
         )
+
+
+def seed_of(run_seed: int, purpose: str, step: int) -> int:
+    """A seed for one purpose at one step, unrelated to that of any other."""
+    key = [run_seed, *purpose.encode(), step]
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
 
 
 def _column(episodes: list[Episode], name: str) -> Tensor:
@@ -195,8 +203,11 @@ def train(training: Training, folder: RunFolder) -> None:
                     f"without noise {row['eval_return_no_noise']:.1f}, "
                     f"{row['steps_per_second']:.0f} steps/s"
                 )
-            if last or _passes(before, training.steps_done, config.checkpoint_every):
-                folder.save("latest", training.state())
+            of_each = before // config.num_envs, training.steps_done // config.num_envs
+            regular = _passes(*of_each, config.checkpoint_every)
+            if last or regular:
+                # An end between checkpoints cuts episodes that a longer run does not.
+                folder.save("latest", training.state() | {"may_go_on": regular})
                 training.cut_episodes()
 
 
@@ -225,7 +236,15 @@ def run(config: Config) -> Path:
     else:
         path = config.resume
         folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
-        training.load_state(folder.load("latest", config.device))
+        state = folder.load("latest", config.device)
+        done = state["collector"]["steps"]
+        if config.steps > done and not state["may_go_on"]:
+            raise UserError(
+                f"--steps: expected {done}, where this run has ended between two checkpoints, "
+                f"found {config.steps}; going on from there would not be the longer run. Start "
+                "one with --out, or let runs end at a checkpoint"
+            )
+        training.load_state(state)
         folder.drop_rows_after(training.steps_done)
     train(training, folder)
     folder.close()
@@ -247,7 +266,9 @@ def run(config: Config) -> Path:
     if config.record_video:
         act = training.agent.act
         video = path / "figures" / "episode.gif"
-        figures.append(record_episode(config.env, act, video, seed=config.seed + 20_000))
+        figures.append(
+            record_episode(config.env, act, video, seed=seed_of(config.seed, "video", 0))
+        )
     print(f"run folder {path}, figures {', '.join(str(figure) for figure in figures)}")
     return path
 
@@ -259,6 +280,7 @@ def main() -> None:
     )
     # A global of the process, which this program owns.
     torch.set_num_threads(config.threads)
+    keep_freed_memory()
     with user_errors():
         run(config)
 

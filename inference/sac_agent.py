@@ -55,6 +55,7 @@ class Agent:
         self.force = torch.zeros((), device=config.device)
         self.updates = 0
         self.actor_parameters = list(policy.actor.parameters())
+        self.critic_parameters: list[Tensor] = []
         rate, actor_rate = config.learning_rate, config.actor_learning_rate
         self.actor_optimizer = torch.optim.Adam(self.actor_parameters, actor_rate, fused=True)
         if isinstance(critic, torch.nn.Module):
@@ -69,7 +70,7 @@ class Agent:
         """One update of score, critics, policy and temperature; returns scalars, detached."""
         draws = self.policy.fit(batch.obs)
         metrics = self.update_critic(batch)
-        metrics |= self.update_actor(batch.obs, draws)
+        metrics |= self.update_actor(batch.obs, draws, metrics.pop("baseline"))
         if self.config.auto_alpha:
             self.update_alpha(metrics["log_pi"])
         return metrics
@@ -87,33 +88,54 @@ class Agent:
             next_value = next_q - self.alpha * log_pi
             target = batch.reward + config.gamma * (1 - batch.terminated) * next_value
         q = self.critic(batch.obs, batch.action)
-        loss = 0.5 * (q - target).square().mean(1).sum()
-        loss.backward()
+        # The gradient of the loss by q is known.
+        error = q.detach() - target
+        q.backward(error / len(target))
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, config.tau)
-        return {"critic_loss": loss.detach(), "q": q.detach().mean(), "log_pi": mean}
+        q, loss = q.detach(), 0.5 * error.square().mean(1).sum()
+        found = {"critic_loss": loss, "q": q.mean(), "log_pi": mean}
+        return found | {"baseline": q.amin(0)}
 
-    def update_actor(self, obs: Tensor, draws: Tensor | None) -> dict[str, Tensor]:
+    def update_actor(
+        self, obs: Tensor, draws: Tensor | None, baseline: Tensor | float = 0.0
+    ) -> dict[str, Tensor]:
         """One step of the actor.
 
         :param obs: ``[B, obs_dim]``.
         :param draws: what ``policy.fit(obs)`` returned.
+        :param baseline: values ``[B]`` of the states, of any other action there: less variance.
         """
-        z, log_pi, penalty = self.policy.rsample(obs, draws)
-        valued = z.clone()
-        valued.register_hook(self._feel)
+        z, log_pi, penalty, log_choice = self.policy.rsample(obs, draws)
+        valued = z
+        if penalty is not None:
+            valued = z.clone()
+            valued.register_hook(self._feel)
+        self._learn_critic(False)
         q = self.critic(obs, valued.tanh()).amin(0)
-        # What keeps a policy in range has to hold against the values, whatever their unit.
-        weight = self.force.clamp_min(1.0).clone()
-        loss = (self.alpha * log_pi - q).mean() + weight * penalty + self.jacobian_clamp(obs)
-        # The gradient by the critics' weights is neither needed nor computed.
-        loss.backward(inputs=self.actor_parameters)
+        self._learn_critic(True)
+        cost = self.alpha * log_pi - q
+        loss = cost.mean()
+        if penalty is not None:
+            # What keeps a policy in range has to hold against the values, whatever their unit.
+            weight = self.force.clamp_min(1.0).clone()
+            loss = loss + weight * penalty + self.jacobian_clamp(obs)
+        if log_choice is not None:
+            # A discrete choice has no path to differentiate along, but a probability.
+            regret = cost.detach() + baseline
+            loss = loss + ((regret - regret.mean()) * log_choice).mean()
+        loss.backward()
         self.actor_optimizer.step()
         self.actor_optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         return {"q_policy": q.detach().mean(), "max_z": z.detach().abs().max()}
+
+    def _learn_critic(self, learns: bool) -> None:
+        """Whether what follows computes gradients by the critics' weights."""
+        for parameter in self.critic_parameters:
+            parameter.requires_grad_(learns)
 
     def _feel(self, gradient: Tensor) -> None:
         """Running mean of the magnitude of the values' gradient by a coordinate of z."""
@@ -121,7 +143,7 @@ class Agent:
 
     def update_alpha(self, log_pi: Tensor) -> None:
         """One step of the temperature on the mean of log π, by its logarithm."""
-        (-self.log_alpha * (log_pi + self.target_entropy)).backward()
+        self.log_alpha.grad = -(log_pi + self.target_entropy)
         self.alpha_optimizer.step()
         self.alpha_optimizer.zero_grad(set_to_none=True)
 

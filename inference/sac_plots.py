@@ -51,7 +51,7 @@ def learning_curves(
         (line,) = axes.plot(steps, values.mean(0), label=f"{label} ({len(seeds)} seeds)")
         axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
     axes.set(title=title, xlabel="environment steps", ylabel="evaluation return")
-    axes.legend()
+    axes.legend(loc="upper left")
     return axes
 
 
@@ -135,7 +135,7 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
 class Options:
     """Learning curves of run folders."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Run folders; those of one environment and agent are its seeds."""
     out: Path = Path("learning.png")
     """The figure."""
@@ -145,12 +145,18 @@ def main() -> None:
     """Draws the learning curves of run folders."""
     options = tyro.cli(Options, prog="python -m inference.sac_plots", description=__doc__)
     with user_errors():
+        if not options.runs:
+            raise UserError("expected run folders, found none; give some, like runs/sac/*")
         found: dict[str, dict[str, list[dict[str, list[float]]]]] = defaultdict(
             lambda: defaultdict(list)
         )
         for path in options.runs:
-            config = RunFolder.read_config(path)
-            found[config["env"]][config["agent"]].append(read_metrics(path))
+            config, metrics = RunFolder.read_config(path), read_metrics(path)
+            if not (config.keys() >= {"env", "agent"} and metrics.get("eval_return")):
+                raise UserError(
+                    f"{path}: expected a run of inference.sac with an evaluation, found none"
+                )
+            found[config["env"]][config["agent"]].append(metrics)
         figure, axes = _figure(len(found))
         for one, (env, agents) in zip(axes, found.items(), strict=True):
             learning_curves(one, agents, title=env)

@@ -10,13 +10,28 @@ energy of which is normalized by importance sampling.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from models.actors import FlowActor, GaussianActor, ImplicitActor, log_tanh_slope
 from pyro_ardae.score import ScoreEstimator
 
-__all__ = ["ExplicitPolicy", "ImplicitPolicy", "Policy"]
+__all__ = ["Draw", "ExplicitPolicy", "ImplicitPolicy", "Policy"]
+
+
+class Draw(NamedTuple):
+    """A draw of a policy in each of B states, for a step of the actor."""
+
+    z: Tensor
+    """What goes into the tanh, ``[B, D]``, differentiable."""
+    log_pi: Tensor
+    """Log π of the action ``[B]``, with the gradient along the draw."""
+    penalty: Tensor | None
+    """What keeps the policy in range, scalar, if something has to."""
+    log_choice: Tensor | None
+    """Log-probability of the discrete part of the noise ``[B]``, if there is one."""
 
 
 class ExplicitPolicy(nn.Module):
@@ -32,10 +47,10 @@ class ExplicitPolicy(nn.Module):
     def fit(self, obs: Tensor) -> None:
         """Nothing is to be estimated."""
 
-    def rsample(self, obs: Tensor, draws: None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """A draw z before the tanh ``[B, D]``, log π of its action ``[B]``, and no excess."""
+    def rsample(self, obs: Tensor, draws: None = None) -> Draw:
+        """A draw without penalty."""
         z, log_prob = self.actor.rsample_and_log_prob(obs)
-        return z, log_prob - log_tanh_slope(z), z.new_zeros(())
+        return Draw(z, log_prob - log_tanh_slope(z), None, None)
 
     @torch.no_grad()
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,24 +105,26 @@ class ImplicitPolicy(nn.Module):
 
         :param obs: ``[B, obs_dim]``.
         """
-        draws = self._draw(obs, self.num_draws)[2]
+        encoded = self.actor.encode(obs)
+        draws, _ = self.actor.deviate(encoded, self.actor.noise(obs, self.num_draws))
         self.score_loss = self.estimator.update(draws, obs)
         return draws
 
-    def rsample(self, obs: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A differentiable draw z ``[B, D]``, and ``[B]`` with the gradient of log π along it.
+    def rsample(self, obs: Tensor, draws: Tensor) -> Draw:
+        """A differentiable draw.
 
         :param obs: ``[B, obs_dim]``.
         :param draws: what :meth:`fit` returned for it.
-        :returns: z; log π, whose value lacks log q(y); the penalty.
         """
-        loc, log_scale, fresh = self._draw(obs, 1)
-        y = fresh[0]
-        score = self.estimator(fresh.detach(), draws, obs)[0]
-        z = loc + log_scale.exp() * y
-        log_pi = (score * (y - y.detach())).sum(-1) - log_scale.sum(-1) - log_tanh_slope(z)
+        encoded = self.actor.encode(obs)
+        fresh, log_choice = self.actor.deviate(encoded, self.actor.noise(obs))
+        y, still = fresh[0], fresh.detach()
+        score, value = (one[0] for one in self.estimator.score_and_log_prob(still, draws, obs))
+        z = encoded.loc + encoded.log_scale.exp() * y
+        along = (score * (y - still[0])).sum(-1)
+        log_pi = value + along - encoded.log_scale.sum(-1) - log_tanh_slope(z)
         penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y) + self._unit(y, draws)
-        return z, log_pi, penalty
+        return Draw(z, log_pi, penalty, log_choice[0])
 
     def _unit(self, y: Tensor, draws: Tensor) -> Tensor:
         """A term whose gradient is that of half of (m^2 + (v - 1)^2 / 2), m and v being mean and
@@ -120,22 +137,18 @@ class ImplicitPolicy(nn.Module):
     @torch.no_grad()
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """A draw z ``[B, D]`` and an estimate of log π of its action ``[B]``."""
-        loc, log_scale, draws = self._draw(obs, 1)
-        z = loc + log_scale.exp() * draws[0]
-        log_prob = self.estimator.log_prob(draws, draws, obs)[0]
-        return z, log_prob - log_scale.sum(-1) - log_tanh_slope(z)
+        encoded = self.actor.encode(obs)
+        y, _ = self.actor.deviate(encoded, self.actor.noise(obs))
+        z = encoded.loc + encoded.log_scale.exp() * y[0]
+        log_prob = self.estimator.log_prob(y, y, obs)[0]
+        return z, log_prob - encoded.log_scale.sum(-1) - log_tanh_slope(z)
 
     @torch.no_grad()
     def log_prob(self, obs: Tensor, z: Tensor) -> Tensor:
         """An estimate of log q(z | s), ``[B]``, for ``z [B, D]``."""
-        loc, log_scale, _ = self.actor.encode(obs)
-        y = ((z - loc) / log_scale.exp()).unsqueeze(0)
-        return self.estimator.log_prob(y, y, obs)[0] - log_scale.sum(-1)
-
-    def _draw(self, obs: Tensor, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Location and log scale ``[B, D]``, and y ``[num_draws, B, D]``."""
-        loc, log_scale, seen = self.actor.encode(obs)
-        return loc, log_scale, self.actor.deviate(seen, self.actor.noise(obs, num_draws))
+        encoded = self.actor.encode(obs)
+        y = ((z - encoded.loc) / encoded.log_scale.exp()).unsqueeze(0)
+        return self.estimator.log_prob(y, y, obs)[0] - encoded.log_scale.sum(-1)
 
     @torch.no_grad()
     def diagnostics(self, obs: Tensor) -> dict[str, float]:
@@ -144,19 +157,19 @@ class ImplicitPolicy(nn.Module):
         - ``score_loss``: of the last update.
         - ``stein``: the mean of :math:`f(y)^\top (y - m) / D`, -1 for the exact score of any q, and
           ``stein_se``, its standard error over the states; m is the mean of 16 other draws.
-        - ``log_prob_se``: standard deviation of log π by the draws for its normalizing constant.
+        - ``log_z``: root mean square over states of the log of the integral of the density, by 256
+          draws: how far the values are from those of a normalized one.
         - ``width``: the standard deviation of y, around 1 if location and scale do their part.
         """
-        _, _, draws = self._draw(obs, 17)
+        draws, _ = self.actor.deviate(self.actor.encode(obs), self.actor.noise(obs, 17))
         y, others = draws.split([1, 16])
         score = self.estimator(y, y, obs)[0]
         stein = (score * (y[0] - others.mean(0))).mean(-1)
-        first, second = (self.estimator.log_prob(y, y, obs) for _ in range(2))
         return {
             "score_loss": float(self.score_loss),
             "stein": float(stein.mean()),
             "stein_se": float(stein.std() / len(stein) ** 0.5),
-            "log_prob_se": float((first - second).square().mean().div(2).sqrt()),
+            "log_z": float(self.estimator.log_normalizer(y, obs).square().mean().sqrt()),
             "width": float(others.std(0).mean()),
         }
 

@@ -50,7 +50,8 @@ class Config:
     eval_episodes: int = 10
     """Episodes of an evaluation, with noise and as many without."""
     checkpoint_every: int = 10_000
-    """Environment steps between checkpoints. Episodes are cut off there, as by a time limit."""
+    """Steps of each environment between checkpoints. Episodes are cut off there, as by a time
+    limit: a small number leaves no whole ones."""
     save_buffer: bool = True
     """Whether checkpoints hold the replay buffer. Without it a resumed run fills a new one."""
     record_video: bool = False
@@ -94,6 +95,8 @@ class Config:
     """sac-ardae: factor on the noise before the actor's first layer."""
     spread: float = 0.6
     """sac-ardae: scale of the policy before the tanh, before training."""
+    sign_scale: float = 0.6
+    """sac-ardae: scale of the actor's random signs, before training."""
     min_scale: float = 0.05
     """sac-ardae: least scale of the noise that the actor's last layer adds."""
     bound: float = 4.0
@@ -102,7 +105,7 @@ class Config:
     """sac-ardae: squared stretch of the noise below which is penalized; 0: none."""
     jacobian_exponent: float = 1.1
     """sac-ardae: the weight of that penalty is min(1 + update ** exponent / 1000, 1e5)."""
-    score_draws: int = 4
+    score_draws: int = 2
     """sac-ardae: draws per state by which the score is learned in an update."""
     score_steps: int = 1
     """sac-ardae: optimizer steps of an update, each on one part of the draws."""
@@ -114,8 +117,10 @@ class Config:
     """sac-ardae: step size of the score network."""
     score_delta: float = 0.1
     """sac-ardae: scale of the noise by which the score is learned, in the policy's scales."""
-    score_normalizer_draws: int = 16
-    """sac-ardae: draws for the normalizing constant of log π."""
+    score_ratio_weight: float = 30.0
+    """sac-ardae: weight of telling its draws from a Gaussian's in the training of the score."""
+    score_normalizer_draws: int = 0
+    """sac-ardae: draws for the normalizing constant of log π; 0: it is learned by the ratio."""
 
     @property
     def preset(self) -> str:
@@ -165,7 +170,7 @@ def _preset(env: str, agent: AgentName) -> Config:
             learning_rate=1e-3,
             actor_learning_rate=1e-3,
             auto_alpha=False,
-            alpha=0.3,
+            alpha=0.1,  # at 0.3 a Gaussian's first step is wide enough for all four goals
         )
     return config
 
@@ -190,6 +195,9 @@ def check(config: Config) -> None:
         (config.eval_every > 0, "eval-every", "a positive number"),
         (config.eval_episodes > 0, "eval-episodes", "a positive number"),
         (config.checkpoint_every > 0, "checkpoint-every", "a positive number"),
+        (config.threads > 0, "threads", "a positive number"),
+        (config.learning_starts >= 0, "learning-starts", "no negative number"),
+        (min(config.hidden_dims, default=0) > 0, "hidden-dims", "positive widths"),
         (config.buffer_size >= config.num_envs, "buffer-size", "--num-envs at least"),
         (config.batch_size > 1, "batch-size", "at least 2"),
         (0 <= config.gamma < 1, "gamma", "a discount in [0, 1)"),
@@ -198,6 +206,24 @@ def check(config: Config) -> None:
         (config.actor_learning_rate > 0, "actor-learning-rate", "a positive number"),
         (config.alpha > 0, "alpha", "a positive temperature"),
         (config.alpha_start > 0, "alpha-start", "a positive factor"),
+        (config.alpha_steps >= 0, "alpha-steps", "no negative number"),
+        (min(config.noise_hidden_dims, default=0) > 0, "noise-hidden-dims", "positive widths"),
+        (config.noise_scale > 0, "noise-scale", "a positive factor"),
+        (config.spread > 0, "spread", "a positive scale"),
+        (0 <= config.sign_scale <= 0.9, "sign-scale", "a scale in [0, 0.9]"),
+        (config.min_scale > 0, "min-scale", "a positive scale"),
+        (config.bound > 0, "bound", "a positive magnitude"),
+        (config.jacobian_clamp >= 0, "jacobian-clamp", "no negative number"),
+        (config.score_hidden_dim > 0, "score-hidden-dim", "a positive width"),
+        (config.score_depth > 0, "score-depth", "a positive number"),
+        (config.score_learning_rate > 0, "score-learning-rate", "a positive number"),
+        (0 < config.score_delta <= 1, "score-delta", "a scale in (0, 1]"),
+        (config.score_ratio_weight >= 0, "score-ratio-weight", "no negative number"),
+        (
+            config.score_normalizer_draws >= (0 if config.score_ratio_weight else 1),
+            "score-normalizer-draws",
+            "a positive number, or 0 with a --score-ratio-weight",
+        ),
         (config.noise_dim is None or config.noise_dim > 0, "noise-dim", "a positive number"),
         (config.score_steps > 0, "score-steps", "a positive number"),
         (config.score_draws >= config.score_steps, "score-draws", "--score-steps at least"),
@@ -232,6 +258,7 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
         noise_hidden_dims=config.noise_hidden_dims,
         noise_scale=config.noise_scale,
         spread=config.spread,
+        sign_scale=config.sign_scale,
         min_scale=config.min_scale,
     )
     estimator = ARDAE(
@@ -244,6 +271,7 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
         delta=config.score_delta,
         num_folds=config.score_steps,
         learning_rate=config.score_learning_rate,
+        ratio_weight=config.score_ratio_weight,
         num_normalizer_samples=config.score_normalizer_draws,
         quasi_random=True,
     )

@@ -76,7 +76,11 @@ class ARDAE(WhitenedEstimator):
         model whose posterior q approaches: the network learns the difference, see
         :class:`~pyro_ardae.score.reference.Reference`. With ``whitening="none"`` and the residual
         parametrization only.
-    :param num_normalizer_samples: draws for the normalizing constant in :meth:`log_prob`.
+    :param ratio_weight: weight, >= 0, of a second loss in the energy parametrization: to tell draws
+        of q from as many of the base by minus the energy. The denoising loss sees slopes alone, so
+        hardly how mass is shared between separate modes; this one sees values, and normalizes.
+    :param num_normalizer_samples: draws for the normalizing constant in :meth:`log_prob`; 0 to
+        take the energy as normalized, with a positive ``ratio_weight`` only.
     :param quasi_random: take a randomly shifted Sobol sequence for them. In a few dimensions the
         error falls nearly as one over their number, not as one over its root.
     :raises ValueError: for a parameter out of range.
@@ -104,6 +108,7 @@ class ARDAE(WhitenedEstimator):
         min_age: int = 100,
         max_age: int = 8000,
         reference: Callable[[Tensor], Tensor] | None = None,
+        ratio_weight: float = 0.0,
         num_normalizer_samples: int = 128,
         quasi_random: bool = False,
     ) -> None:
@@ -119,6 +124,19 @@ class ARDAE(WhitenedEstimator):
                 "ARDAE: expected whitening='none' and parametrization='residual' with a reference, "
                 f"got {whitening!r} and {parametrization!r}."
             )
+        self._in_range("ratio_weight", ratio_weight, ratio_weight >= 0, ">= 0")
+        if ratio_weight > 0 and (parametrization != "energy" or reference is not None):
+            raise ValueError(
+                "ARDAE: expected parametrization='energy' with a ratio_weight, got "
+                f"{parametrization!r}."
+            )
+        least = 0 if ratio_weight > 0 else 1
+        self._in_range(
+            "num_normalizer_samples",
+            num_normalizer_samples,
+            num_normalizer_samples >= least,
+            f">= {least}",
+        )
         kind = EnergyNetwork if parametrization == "energy" else ResidualNetwork
         super().__init__(
             dim,
@@ -136,6 +154,7 @@ class ARDAE(WhitenedEstimator):
         )
         self.reference = None if reference is None else Reference(reference)
         self.parametrization, self.delta = parametrization, delta
+        self.ratio_weight = ratio_weight
         self.num_normalizer_samples, self.quasi_random = num_normalizer_samples, quasi_random
 
     def _noised(
@@ -161,6 +180,11 @@ class ARDAE(WhitenedEstimator):
         x, sigma, target, noise = self._noised(w, base)
         weight = torch.ones_like(sigma)
         loss, gradient = self.network.loss(self.weights, x, sigma, features, target, weight)
+        if self.ratio_weight and isinstance(base, Student):
+            assert isinstance(self.network, EnergyNetwork)
+            others = base.sample(w.shape, w)
+            _, of_ratio = self.network.ratio_loss(self.weights, w, others, features)
+            gradient.add_(of_ratio, alpha=self.ratio_weight)
         return loss - noise.square().mean(), gradient
 
     def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:
@@ -183,26 +207,75 @@ class ARDAE(WhitenedEstimator):
         .. math:: \log t(w) - E(w, 0, c) - \log \hat Z(c) + \log |\det A_c|.
 
         Z is estimated by ``num_normalizer_samples`` draws of the t, or of a logistic distribution
-        with ``quasi_random``, the same for all values.
+        with ``quasi_random``, the same for all values; with none it is taken for 1.
 
         :raises NotImplementedError: with the residual parametrization.
         """
         if not isinstance(self.network, EnergyNetwork):
             return super().log_prob(value, samples, context)
         frame, w, features = self._query(value, samples, context, center)
-        draws, log_weight = self._normalizer_draws(frame.base, w)
-        points = torch.cat([w, draws])
-        sigma = points.new_zeros(*points.shape[:-1], 1)
-        energy = self.network.energy(self.averaged, points, sigma, features)
-        energy, of_draws = energy.split([len(w), len(draws)])
-        log_z = torch.logsumexp(log_weight - of_draws, 0) - math.log(self.num_normalizer_samples)
-        volume = frame.log_abs_det()
-        result = frame.base.log_prob(w) - energy + volume - log_z
+        energy = self.network.energy(self.averaged, w, w.new_zeros(*w.shape[:-1], 1), features)
+        result = frame.base.log_prob(w) - energy + frame.log_abs_det()
+        if self.num_normalizer_samples:
+            result = result - self._log_z(frame.base, w, features, self.num_normalizer_samples)
         return result.reshape(value.shape[:-1])
 
-    def _normalizer_draws(self, base: Student, w: Tensor) -> tuple[Tensor, Tensor | float]:
+    @torch.no_grad()
+    def log_normalizer(
+        self,
+        samples: Float[Tensor, "S *batch dim"],
+        context: Float[Tensor, "*batch C"] | None = None,
+        *,
+        num_draws: int = 256,
+        center: Float[Tensor, "*batch dim"] | None = None,
+    ) -> Float[Tensor, "*batch"]:
+        r"""An estimate of :math:`\log Z(c)` by fresh draws: near 0 if ``ratio_weight`` has done its
+        part.
+
+        :raises NotImplementedError: with the residual parametrization.
+        """
+        if not isinstance(self.network, EnergyNetwork):
+            raise NotImplementedError(
+                "ARDAE has no density with parametrization='residual': use 'energy'."
+            )
+        frame, w, features = self._query(samples, samples, context, center)
+        return self._log_z(frame.base, w, features, num_draws).reshape(samples.shape[1:-1])
+
+    def _log_z(self, base: Student, w: Tensor, features: Tensor, count: int) -> Tensor:
+        """``[B]``, for rows like ``w [n, B, D]``."""
+        assert isinstance(self.network, EnergyNetwork)
+        draws, log_weight = self._normalizer_draws(base, w, count)
+        sigma = draws.new_zeros(*draws.shape[:-1], 1)
+        energy = self.network.energy(self.averaged, draws, sigma, features)
+        return torch.logsumexp(log_weight - energy, 0) - math.log(count)
+
+    @torch.no_grad()
+    def score_and_log_prob(
+        self,
+        value: Float[Tensor, "N *batch dim"],
+        samples: Float[Tensor, "S *batch dim"],
+        context: Float[Tensor, "*batch C"] | None = None,
+        *,
+        center: Float[Tensor, "*batch dim"] | None = None,
+    ) -> tuple[Float[Tensor, "N *batch dim"], Float[Tensor, "N *batch"]]:
+        """What :meth:`forward` and :meth:`log_prob` give, by one pass if there is no normalizing
+        constant to estimate.
+        """
+        if self.num_normalizer_samples or not isinstance(self.network, EnergyNetwork):
+            score = self(value, samples, context, center=center)
+            return score, self.log_prob(value, samples, context, center=center)
+        frame, w, features = self._query(value, samples, context, center)
+        level = w.new_zeros(*w.shape[:-1], 1)
+        energy, r = self.network.energy_and_field(self.averaged, w, level, features)
+        score = frame.pull_back(r + frame.base.score(w)).reshape(value.shape)
+        log_prob = frame.base.log_prob(w) - energy + frame.log_abs_det()
+        return score, log_prob.reshape(value.shape[:-1])
+
+    def _normalizer_draws(
+        self, base: Student, w: Tensor, count: int
+    ) -> tuple[Tensor, Tensor | float]:
         """Draws ``[M, B, D]``, and the log of their density by the base over that they are from."""
-        shape = (self.num_normalizer_samples, *w.shape[1:])
+        shape = (count, *w.shape[1:])
         if not self.quasi_random:
             return base.sample(torch.Size(shape), w), 0.0
         # The logistic has its quantiles in closed form, tails above a Gaussian's, and with this

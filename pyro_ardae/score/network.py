@@ -130,6 +130,29 @@ class _Modulated:
             h = g.flatten(0, 1) + h if i else g.flatten(0, 1)
         return h, saved
 
+    def _hidden_gradient(
+        self,
+        parts: list[Tensor],
+        grads: list[Tensor],
+        films: Tensor,
+        saved: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
+        d_hidden: Tensor,
+    ) -> Tensor:
+        """Write the layers' gradient, from that by the last one, and return that by the films."""
+        d_films = torch.empty_like(films)
+        for i in reversed(range(self.depth)):
+            below, product, sigmoid, g, scale = saved[i]
+            # The derivative of SiLU. torch's own takes the sigmoid again: twice as long.
+            slope = torch.addcmul(sigmoid, sigmoid, g, value=-1).add_(g)
+            d_argument = slope.mul_(d_hidden.view(slope.shape))
+            d_films[:, i, 0] = product.mul_(d_argument).sum(0).sum_to_size(scale.shape)
+            d_films[:, i, 1] = d_argument.sum(0).sum_to_size(scale.shape)
+            d_product = d_argument.mul_(scale).flatten(0, 1)
+            torch.mm(below.mT, d_product, out=grads[i])
+            if i:
+                d_hidden.addmm_(d_product, parts[i].mT)
+        return d_films
+
     @staticmethod
     def inputs(w: Tensor, sigma: Tensor) -> Tensor:
         """``[n, B, D + 2]``: w, and two functions of sigma of the order of 1."""
@@ -188,19 +211,7 @@ class ResidualNetwork(_Modulated):
         torch.mul(d_gate[:, : self.dim], value, out=d_gate[:, self.dim :])
         torch.sum(d_gate, 0, out=grads[-1])
         torch.mm(h.mT, d_gate, out=grads[-2])
-        d_hidden = d_gate @ parts[-2].mT
-        d_films = torch.empty_like(films)
-        for i in reversed(range(self.depth)):
-            below, product, sigmoid, g, scale = saved[i]
-            # The derivative of SiLU. torch's own takes the sigmoid again: twice as long.
-            slope = torch.addcmul(sigmoid, sigmoid, g, value=-1).add_(g)
-            d_argument = slope.mul_(d_hidden.view(slope.shape))
-            d_films[:, i, 0] = product.mul_(d_argument).sum(0).sum_to_size(scale.shape)
-            d_films[:, i, 1] = d_argument.sum(0).sum_to_size(scale.shape)
-            d_product = d_argument.mul_(scale).flatten(0, 1)
-            torch.mm(below.mT, d_product, out=grads[i])
-            if i:
-                d_hidden.addmm_(d_product, parts[i].mT)
+        d_films = self._hidden_gradient(parts, grads, films, saved, d_gate @ parts[-2].mT)
         self._encoder_gradient(parts, grads, encoded, d_films.flatten(1))
         return loss, grad
 
@@ -243,11 +254,17 @@ class EnergyNetwork(_Modulated):
         features: Tensor,
     ) -> Tensor:
         """``[n, B, D]``: minus the gradient of the energy by w."""
+        return self.energy_and_field(flat, w, sigma, features)[1]
+
+    def energy_and_field(
+        self, flat: Tensor, w: Tensor, sigma: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both, for little more than the field alone."""
         with torch.enable_grad():
             w = w.detach().requires_grad_()
-            energy = self.energy(flat.detach(), w, sigma, features).sum()
-            (gradient,) = torch.autograd.grad(energy, w)
-        return -gradient
+            energy = self.energy(flat.detach(), w, sigma, features)
+            (gradient,) = torch.autograd.grad(energy.sum(), w)
+        return energy.detach(), -gradient
 
     def loss(
         self,
@@ -318,10 +335,54 @@ class EnergyNetwork(_Modulated):
                 up = (d_product @ parts[i].mT).view_as(slope)
                 d_h = up if d_h is None else d_h.add_(up)
         d_bowl = torch.cat([tangent_w.sum(0), (2 * w * tangent_w).sum(0)], -1)
+        self._bowl_gradient(parts, grads, encoded, d_films.flatten(1), d_bowl)
+        return loss, grad
+
+    def ratio_loss(
+        self, flat: Tensor, draws: Tensor, others: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logistic loss of telling draws of q from those of the base by minus the energy, whose
+        minimizer is the log ratio of their densities; and its gradient by the flat weights.
+
+        :param draws: of q, ``[n, B, D]``.
+        :param others: of the base, ``[m, B, D]``.
+        """
+        parts = self.split(flat)
+        films, encoded = self.encode(parts, features)
+        w = torch.cat([draws, others])
+        h, saved = self._hidden(parts, self.inputs(w, w.new_zeros(*w.shape[:-1], 1)), films)
+        v, quadratic = parts[-2:]
+        bowl = encoded[-1] @ quadratic if encoded else quadratic
+        a, b = bowl.chunk(2, -1)
+        energy = (h @ v).view(w.shape[:-1]) + (w * torch.addcmul(a, b, w)).sum(-1)
+        of_draws, of_others = energy.split([len(draws), len(others)])
+        loss = F.softplus(of_draws).mean() + F.softplus(-of_others).mean()
+
+        d_energy = torch.cat(
+            [of_draws.sigmoid() / of_draws.numel(), -of_others.neg().sigmoid() / of_others.numel()]
+        )
+        grad = torch.empty_like(flat)
+        grads = self.split(grad)
+        rows = d_energy.view(-1, 1)
+        torch.mm(h.mT, rows, out=grads[-2])
+        d_films = self._hidden_gradient(parts, grads, films, saved, rows @ v.mT)
+        along = d_energy.unsqueeze(-1) * w
+        d_bowl = torch.cat([along.sum(0), along.mul_(w).sum(0)], -1)
+        self._bowl_gradient(parts, grads, encoded, d_films.flatten(1), d_bowl)
+        return loss, grad
+
+    def _bowl_gradient(
+        self,
+        parts: list[Tensor],
+        grads: list[Tensor],
+        encoded: list[Tensor],
+        d_films: Tensor,
+        d_bowl: Tensor,
+    ) -> None:
+        """Write the gradient of the quadratic part and the encoder."""
         if encoded:
             torch.mm(encoded[-1].mT, d_bowl, out=grads[-1])
-            self._encoder_gradient(parts, grads, encoded, d_films.flatten(1), d_bowl @ quadratic.mT)
+            self._encoder_gradient(parts, grads, encoded, d_films, d_bowl @ parts[-1].mT)
         else:
             grads[-1].copy_(d_bowl.sum(0, keepdim=True))
-            self._encoder_gradient(parts, grads, encoded, d_films.flatten(1))
-        return loss, grad
+            self._encoder_gradient(parts, grads, encoded, d_films)

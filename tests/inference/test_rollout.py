@@ -48,6 +48,8 @@ class Spaces(Count):
         super().__init__()
         if kind == "discrete":
             self.action_space = Discrete(3)
+        elif kind == "integer":
+            self.action_space = Box(0, 5, (1,), np.int32)
         elif kind == "unbounded":
             self.action_space = Box(-np.inf, np.inf, (1,))
         else:
@@ -134,6 +136,7 @@ def test_evaluation_counts_as_many_episodes_of_each_and_draws_from_its_own_seed(
     [
         ("test/Spaces-v0", {"kind": "discrete"}, "expected actions in a Box, found Discrete"),
         ("test/Spaces-v0", {"kind": "unbounded"}, "expected bounded actions"),
+        ("test/Spaces-v0", {"kind": "integer"}, "expected real actions, found Box"),
         ("test/Spaces-v0", {"kind": "dict"}, "expected observations in a Box, found Dict"),
         ("HalfCheetah-v77", {}, "expected the id of a registered environment"),
         ("NoSuchThing-v0", {}, "expected the id of a registered environment"),

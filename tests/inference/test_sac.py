@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from inference.replay import Batch
 from inference.sac_agent import Agent
 from inference.sac_policy import ExplicitPolicy, ImplicitPolicy
 from inference.sac_presets import Config, build_policy, check
-from models.actors import GaussianActor, ImplicitActor, log_tanh_slope
+from models.actors import Encoded, GaussianActor, ImplicitActor, log_tanh_slope
 from models.critics import TwinCritic
 from pyro_ardae.score import ARDAE, ScoreEstimator
 
@@ -53,6 +54,11 @@ class Oracle(ScoreEstimator):
     ) -> Tensor:
         return self._normal().log_prob(value)
 
+    def score_and_log_prob(
+        self, value: Tensor, samples: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self(value, samples), self.log_prob(value, samples)
+
 
 class LinearActor(nn.Module):
     """z = loc(s) + exp(log_scale(s)) y, y = A noise: a normal, by the interface of an implicit."""
@@ -66,11 +72,11 @@ class LinearActor(nn.Module):
         self.factor = nn.Parameter(torch.eye(action_dim) + 0.2 * noise)
         self.fixed: Tensor | None = None
 
-    def encode(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return obs @ self.loc, obs @ self.log_scale, obs
+    def encode(self, obs: Tensor) -> Encoded:
+        return Encoded(obs @ self.loc, obs @ self.log_scale, obs[:, :0], obs)
 
-    def deviate(self, seen: Tensor, noise: Tensor) -> Tensor:
-        return noise @ self.factor.mT
+    def deviate(self, encoded: Encoded, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return noise @ self.factor.mT, noise.new_zeros(noise.shape[:-1])
 
     def noise(self, obs: Tensor, num_draws: int = 1) -> Tensor:
         if self.fixed is not None:
@@ -123,6 +129,37 @@ def test_policy_gradient_by_hand() -> None:
     assert torch.allclose(loc - actor.loc, obs.mT @ of_z, rtol=0, atol=1e-10)
     assert torch.allclose(log_scale - actor.log_scale, obs.mT @ of_log_scale, rtol=0, atol=1e-10)
     assert torch.allclose(factor - actor.factor, of_y.mT @ noise, rtol=0, atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+def test_gradient_by_the_signs(standard_errors: Callable[[int], float]) -> None:
+    """Its expectation is the derivative of E[alpha log pi - Q] by the odds, by enumeration."""
+
+    class Step:  # worth 3 where the action is positive
+        def __call__(self, obs: Tensor, action: Tensor) -> Tensor:
+            return 3.0 * (action > 0).to(action).sum(-1).unsqueeze(0)
+
+    config = Config(agent="sac-ardae", auto_alpha=False, alpha=1e-9, **SMALL)  # type: ignore[arg-type]
+    policy = build_policy(config, 1, 1)
+    agent = Agent(policy, Step(), config)
+    actor = policy.actor
+    assert isinstance(actor, ImplicitActor)
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.zero_()
+        actor.head.bias[2] = 0.7
+    actor.sign_scale, actor.base_scale, actor.min_scale = 5.0, 0.0, 0.0  # the action is the sign
+    policy.GAUGE = policy.BOUND_Y = 0.0
+    policy.bound = 1e9
+    agent.actor_optimizer = torch.optim.SGD(actor.parameters(), 1.0)
+    count = 20_000
+    agent.update_actor(torch.zeros(count, 1), torch.zeros(2, count, 1), torch.full((count,), 7.0))
+    odds = 4 * math.tanh(0.7 / 4)
+    share = 1 / (1 + math.exp(-odds))
+    slope = share * (1 - share) * (1 - math.tanh(0.7 / 4) ** 2)
+    found = float(actor.head.bias[2].detach()) - 0.7
+    # The loss is -3 share; a draw's part of the gradient varies by less than 3.
+    assert abs(found - 3 * slope) < standard_errors(1) * 3 / count**0.5
 
 
 @pytest.mark.usefixtures("float64")
@@ -272,11 +309,10 @@ def test_draws_beyond_the_bounds_are_penalized() -> None:
     actor.fixed = torch.tensor([[[1.9, -1.9], [5.0, -2.0]]])
     agent.policy.GAUGE = 0.0
     obs = torch.zeros(2, 3)
-    _, _, excess = agent.policy.rsample(obs, agent.policy.fit(obs))
+    excess = agent.policy.rsample(obs, agent.policy.fit(obs)).penalty
     # Here z = y: 3 beyond 2, the bound of z, and 2 beyond 3, that of y, in one of two draws.
     assert float(excess.detach()) == pytest.approx((3**2 + 2**2) / 2)
-    _, _, excess = ExplicitPolicy(GaussianActor(3, 2)).rsample(torch.zeros(2, 3))
-    assert float(excess) == 0
+    assert ExplicitPolicy(GaussianActor(3, 2)).rsample(torch.zeros(2, 3)).penalty is None
 
 
 @pytest.mark.usefixtures("float64")
@@ -288,7 +324,7 @@ def test_penalty_on_the_moments_of_y() -> None:
         actor.factor.copy_(torch.diag(torch.tensor([0.5, 1.3])))
     agent.policy.BOUND_Y = 1e9
     agent.policy.num_draws = 64  # by few draws, large variances are cut off
-    _, _, penalty = agent.policy.rsample(obs, agent.policy.fit(obs))
+    penalty = agent.policy.rsample(obs, agent.policy.fit(obs)).penalty
     (gradient,) = torch.autograd.grad(penalty, actor.factor)
     # m = 0 and v = A^2: by A, (v - 1) A.
     expected = torch.tensor([(0.25 - 1) * 0.5, (1.69 - 1) * 1.3])
@@ -338,7 +374,7 @@ def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
     assert isinstance(policy, ImplicitPolicy)
     assert type(policy.estimator) is ARDAE
     found = policy.diagnostics(torch.randn(16, 3))
-    assert found.keys() == {"score_loss", "stein", "stein_se", "log_prob_se", "width"}
+    assert found.keys() == {"score_loss", "stein", "stein_se", "log_z", "width"}
     assert all(math.isfinite(value) for value in found.values())
 
 
@@ -353,6 +389,30 @@ def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
         ({"score_draws": 1, "score_steps": 2}, "--score-draws: expected --score-steps at least"),
         ({"score_steps": 0}, "--score-steps: expected a positive number"),
         ({"buffer_size": 0}, "--buffer-size: expected --num-envs at least"),
+        ({"learning_starts": -1}, "--learning-starts: expected no negative number, found -1"),
+        ({"hidden_dims": ()}, "--hidden-dims: expected positive widths"),
+        ({"noise_hidden_dims": (0,)}, "--noise-hidden-dims: expected positive widths"),
+        ({"noise_scale": 0.0}, "--noise-scale: expected a positive factor"),
+        ({"spread": 0.0}, "--spread: expected a positive scale"),
+        ({"sign_scale": 1.0}, r"--sign-scale: expected a scale in \[0, 0.9\], found 1.0"),
+        ({"min_scale": 0.0}, "--min-scale: expected a positive scale"),
+        ({"bound": 0.0}, "--bound: expected a positive magnitude"),
+        ({"jacobian_clamp": -0.1}, "--jacobian-clamp: expected no negative number"),
+        ({"score_delta": 2.0}, "--score-delta: expected a scale in"),
+        ({"score_ratio_weight": -1.0}, "--score-ratio-weight: expected no negative number"),
+        ({"score_ratio_weight": 0.0}, "--score-normalizer-draws: expected a positive number, or 0"),
+        ({"score_depth": 0}, "--score-depth: expected a positive number"),
+        ({"alpha_steps": -1}, "--alpha-steps: expected no negative number"),
+        ({"threads": 0}, "--threads: expected a positive number"),
+        ({"num_envs": 0}, "--num-envs: expected a positive number"),
+        ({"eval_every": 0}, "--eval-every: expected a positive number"),
+        ({"eval_episodes": 0}, "--eval-episodes: expected a positive number"),
+        ({"checkpoint_every": 0}, "--checkpoint-every: expected a positive number"),
+        ({"learning_rate": 0.0}, "--learning-rate: expected a positive number"),
+        ({"actor_learning_rate": 0.0}, "--actor-learning-rate: expected a positive number"),
+        ({"alpha_start": 0.0}, "--alpha-start: expected a positive factor"),
+        ({"noise_dim": 0}, "--noise-dim: expected a positive number"),
+        ({"score_draws": 1}, "--score-draws: expected 2 at least"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

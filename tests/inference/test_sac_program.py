@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from inference.sac import seed_of
 from inference.sac_presets import PRESETS
 from tests.inference.conftest import ROOT, Program
 from tests.inference.test_programs import _assert_equal
@@ -142,6 +144,9 @@ def test_errors_end_in_one_line(
     run = tmp_path / "run"
     tiny = (*SMALL, "--steps", 2)
     program("sac", "pendulum-sac", *tiny, "--eval-every", 1000, "--out", run)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    (tmp_path / "other" / "metrics.csv").write_text("step\n")
     other = ("sac", "pendulum-sac-ardae", *tiny)
     never = ("--out", tmp_path / "never")
     table: list[tuple[tuple[object, ...], str]] = [
@@ -153,6 +158,13 @@ def test_errors_end_in_one_line(
         (("sac", "pendulum-sac", *tiny, "--gamma", 1, *never), "--gamma: expected a discount"),
         (("bandit", "--seconds", 0), "--seconds: expected a positive time"),
         (("sac_plots", tmp_path / "none"), "expected a run folder, found none"),
+        (("sac_plots",), "expected run folders, found none"),
+        (("sac_plots", tmp_path / "other"), "expected a run of inference.sac with an evaluation"),
+        (
+            ("sac", "pendulum-sac", *SMALL, "--steps", 9, "--eval-every", 1000, "--resume", run),
+            "--steps: expected 2, where this run has ended between two checkpoints, found 9",
+        ),
+        (("bench", "learn", "--tasks", "chess"), "--tasks: expected some of pendulum"),
     ]
     capsys.readouterr()
     for arguments, message in table:
@@ -163,6 +175,56 @@ def test_errors_end_in_one_line(
         assert message in shown.err + shown.out, arguments
         assert "Traceback" not in shown.err, arguments
     assert not (tmp_path / "never").exists()
+
+
+def test_checkpoints_count_steps_of_each_environment(program: Program, tmp_path: Path) -> None:
+    options = ("--num-envs", 4, "--eval-every", 1000, "--checkpoint-every", 10, "--steps", 80)
+    cuts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("inference.sac.Training.evaluate", lambda self: dict.fromkeys(PLAYED, 0.0))
+        patch.setattr("inference.sac_plots.draw_run", lambda *arguments: [])
+        patch.setattr("inference.sac.Training.cut_episodes", lambda self: cuts.append(1))
+        program("sac", "pendulum-sac", *SMALL, *options, "--out", tmp_path / "run")
+    assert len(cuts) == 2
+
+
+def test_seeds_of_purposes_and_steps_differ() -> None:
+    keys = [(r, p, t) for r in range(3) for p in ("evaluation", "video") for t in (0, 10, 20)]
+    seeds = [seed_of(*key) for key in keys]
+    assert len({*seeds}) == len(seeds)
+    assert seeds == [seed_of(*key) for key in keys]
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_bench_learn_resumes(
+    program: Program,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("inference.sac_plots.draw_run", lambda *arguments: [])
+    small = {"hidden_dims": (8,), "batch_size": 4, "learning_starts": 4, "eval_episodes": 1}
+    presets = {
+        name: (PRESETS[name][0], dataclasses.replace(PRESETS[name][1], **small))  # type: ignore[arg-type]
+        for name in ("multigoal-sac", "multigoal-sac-ardae")
+    }
+    monkeypatch.setattr("inference.bench_learn.PRESETS", presets)
+    options = ("--tasks", "multigoal", "--steps", 8, "--eval-every", 4, "--out", tmp_path)
+    program("bench", "learn", *options, "--seeds", 0)
+    with (tmp_path / "learning.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    agents = ["sac", "sac-ardae", "sb3"]
+    assert [(row["agent"], row["step"]) for row in rows] == [
+        (agent, step) for agent in agents for step in ("4", "8")
+    ]
+    assert "| multigoal | sb3 | 1 | 8 |" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-seed0/metrics.csv")}
+    program("bench", "learn", *options, "--seeds", 0, 1)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "| multigoal | sac-ardae | 2 | 8 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        program("bench", "learn", *options, "--eval-every", 2, "--seeds", 0)
+    assert "expected a run with eval_every 2, found 4" in capsys.readouterr().err
 
 
 def test_bench_sac(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,21 +79,56 @@ def test_density_of_the_flow_integrates_to_one() -> None:
 @pytest.mark.usefixtures("float64")
 def test_implicit_actor_by_hand() -> None:
     actor = ImplicitActor(
-        3, 2, hidden_dims=(8,), noise_dim=4, noise_hidden_dims=(8,), noise_scale=2
+        3,
+        2,
+        hidden_dims=(8,),
+        noise_dim=4,
+        noise_hidden_dims=(8,),
+        noise_scale=2,
+        sign_scale=0.5,
     )
-    obs, noise = torch.randn(5, 3), torch.randn(6, 5, 6)
+    with torch.no_grad():
+        actor.head.weight.normal_()
+    obs, noise = torch.randn(5, 3), torch.randn(6, 5, 8)
     head = actor.head(actor.trunk(obs))
-    hidden = torch.relu(head[:, 4:] + 2 * noise[..., :4] @ actor.of_noise.weight.mT)
+    logits = 4 * (head[:, 4:6] / 4).tanh()
+    sign = 2.0 * (noise[..., 4:6] + logits >= 0) - 1
+    inputs = torch.cat([noise[..., :4], sign], -1)
+    hidden = torch.relu(head[:, 6:] + 2 * inputs @ actor.of_noise.weight.mT)
     center, raw = actor.net.last(hidden).chunk(2, -1)
-    y = noise[..., :2] + center + (torch.log1p(raw.exp()) + actor.min_scale) * noise[..., 4:]
+    y = 0.5 * sign + (0.91 - 0.25) ** 0.5 * noise[..., :2] + center
+    y = y + (torch.log1p(raw.exp()) + actor.min_scale) * noise[..., 6:]
     assert torch.allclose(actor(obs, noise), head[:, :2] + head[:, 2:4].exp() * y, atol=1e-12)
+    _, log_choice = actor.deviate(actor.encode(obs), noise)
+    assert torch.allclose(log_choice, (sign * logits).sigmoid().log().sum(-1), atol=1e-12)
 
 
-def test_spread_before_training(standard_errors: Callable[[int], float]) -> None:
+def test_signs_have_their_probability(standard_errors: Callable[[int], float]) -> None:
+    actor = ImplicitActor(3, 2)
+    with torch.no_grad():
+        actor.head.bias[4:6] = torch.tensor([1.0, -2.0])
+    obs, count = torch.randn(1, 3), 20_000
+    noise, encoded = actor.noise(obs, count), actor.encode(obs)
+    exact = encoded.logits[0].sigmoid()
+    share = (noise[:, 0, 10:12] + encoded.logits >= 0).double().mean(0)
+    error = (exact * (1 - exact) / count).sqrt()
+    assert ((share - exact).abs() < standard_errors(2) * error).all()
+    # The rest is standard normal.
+    rest = torch.cat([noise[:, 0, :10], noise[:, 0, 12:]], -1)
+    assert float(rest.mean().abs()) < standard_errors(1) / rest.numel() ** 0.5
+    assert abs(float(rest.var()) - 1) < standard_errors(1) * (2 / rest.numel()) ** 0.5
+
+
+def test_spread_before_training() -> None:
     z = ImplicitActor(3, 2, spread=0.6, min_scale=0.02).draw(torch.randn(1, 3), 10_000)
-    # The networks add some to the scale of 0.6 * (1 + 0.3 ** 2) ** 0.5.
+    # The networks add some to the scale of 0.6.
     assert 0.5 < float(z.detach().std()) < 1.2
     assert math.isfinite(float(z.detach().abs().max()))
+
+
+def test_bad_sign_scale() -> None:
+    with pytest.raises(ValueError, match=r"expected sign_scale in \[0, 0.9\], got 1"):
+        ImplicitActor(3, 2, sign_scale=1)
 
 
 @pytest.mark.parametrize("options", [{"noise_dim": 1}, {"noise_hidden_dims": ()}])
@@ -102,16 +137,32 @@ def test_bad_options(options: dict[str, object]) -> None:
         ImplicitActor(3, 2, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("float64")
 def test_twin_critics_are_two() -> None:
     critic = TwinCritic(3, 2, hidden_dims=(8, 8))
     obs, action = torch.randn(5, 3), torch.rand(5, 2)
     q: Tensor = critic(obs, action)
     assert q.shape == (2, 5)
     assert not torch.allclose(q[0], q[1])
+    layers = list(critic.layers)
+    by_hand = torch.cat([obs, action], -1)
+    for weight, bias in zip(layers[:-2:2], layers[1:-2:2], strict=True):
+        by_hand = torch.relu(by_hand @ weight + bias)
+    by_hand = (by_hand @ layers[-2] + layers[-1]).squeeze(-1)
+    assert torch.allclose(q, by_hand, atol=1e-10)
     # A step on the sum of their losses is, for each, the step on its own.
-    together = torch.autograd.grad(q.square().sum(), list(critic.nets[0].parameters()))
-    alone = torch.autograd.grad(
-        critic.nets[0](torch.cat([obs, action], -1)).square().sum(),
-        list(critic.nets[0].parameters()),
-    )
-    assert all(torch.allclose(a, b) for a, b in zip(together, alone, strict=True))
+    together = torch.autograd.grad(q.square().sum(), layers)
+    for net in range(2):
+        alone = torch.autograd.grad(by_hand[net].square().sum(), layers, retain_graph=True)
+        for one, other in zip(together, alone, strict=True):
+            assert torch.allclose(one[net], other[net], atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+def test_gradient_of_the_critics_by_the_action() -> None:
+    critic = TwinCritic(3, 2, hidden_dims=(8, 8))
+    obs, action = torch.randn(5, 3), torch.rand(5, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: critic(obs, a), (action,))
+    critic(obs, action).amin(0).sum().backward(inputs=[action])
+    assert action.grad is not None
+    assert all(parameter.grad is None for parameter in critic.parameters())

@@ -35,3 +35,22 @@ def test_gradient_of_the_loss(
     (expected,) = torch.autograd.grad(loss, flat)
     assert torch.allclose(value, loss.detach(), rtol=0, atol=1e-12)
     assert torch.allclose(gradient, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("feature_dim", [0, 4])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_gradient_of_the_ratio_loss(feature_dim: int, depth: int) -> None:
+    network = EnergyNetwork(3, feature_dim, 8, depth)
+    flat = (network.initial().double() + 0.1 * torch.randn(network.size)).requires_grad_()
+    draws, others = torch.randn(4, 5, 3), torch.randn(2, 5, 3)
+    features = torch.randn(5, feature_dim)
+    value, gradient = network.ratio_loss(flat.detach(), draws, others, features)
+
+    def energy(w: torch.Tensor) -> torch.Tensor:
+        return network.energy(flat, w, torch.zeros(*w.shape[:-1], 1), features)
+
+    loss = (1 + energy(draws).exp()).log().mean() + (1 + (-energy(others)).exp()).log().mean()
+    (expected,) = torch.autograd.grad(loss, flat)
+    assert torch.allclose(value, loss.detach(), rtol=0, atol=1e-12)
+    assert torch.allclose(gradient, expected, rtol=0, atol=1e-12)

@@ -1,0 +1,201 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Compares what agents learn, and Stable-Baselines3's SAC with them.
+
+What ``python -m inference.bench learn`` runs: tasks, agents and seeds, one run after the other, in
+folders ``TASK-AGENT-seedN``. Called again with the same options it leaves out what is done and
+goes on with a run that has a checkpoint. Stable-Baselines3's SAC gets the options of the preset of
+``sac``, sees the same wrapped environments, and is evaluated by the same code with the same seeds.
+
+``learning.csv`` has a row for each evaluation of each run; the table that is printed has, for each
+task and agent, mean and standard deviation over seeds of the last evaluation's ``eval_return``, and
+of its ``eval_return_no_noise``.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium
+import torch
+from torch import Tensor
+
+from inference import sac
+from inference.errors import UserError
+from inference.rollout import evaluate, wrap
+from inference.run import RunFolder
+from inference.sac_plots import read_metrics
+from inference.sac_presets import PRESETS, TASKS, AgentName, Config
+
+__all__ = ["Learn", "bench_learn", "table"]
+
+COLUMNS = (
+    *("step", "seconds", "eval_return", "eval_return_std"),
+    *("eval_return_no_noise", "eval_return_no_noise_std"),
+)
+
+Learner = Literal["sac", "sac-ardae", "sac-nf", "sb3"]
+
+
+@dataclass(frozen=True)
+class Learn:
+    """Trains agents and Stable-Baselines3's on tasks, and compares their returns."""
+
+    tasks: tuple[str, ...] = ("pendulum", "hopper", "halfcheetah")
+    """Tasks, as in the names of presets."""
+    agents: tuple[Learner, ...] = ("sac", "sac-ardae", "sb3")
+    """Agents; sb3 is Stable-Baselines3's SAC."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds; everything is done for each."""
+    steps: int | None = None
+    """Environment steps of a run; the preset's by default."""
+    eval_every: int | None = None
+    """Steps between evaluations; the preset's by default."""
+    out: Path = Path("runs/learn")
+    """Folder of the runs and of learning.csv."""
+
+
+def bench_learn(options: Learn) -> Path:
+    """Does the runs that are missing, and prints the table; returns learning.csv."""
+    unknown = {*options.tasks} - {*TASKS.values()}
+    if unknown:
+        raise UserError(f"--tasks: expected some of {', '.join(TASKS.values())}, found {unknown}")
+    runs: dict[tuple[str, str, int], Path] = {}
+    for seed in options.seeds:
+        for task in options.tasks:
+            for agent in options.agents:
+                path = options.out / f"{task}-{agent}-seed{seed}"
+                config = _config(options, task, agent, seed, path)
+                if not (path / "results.json").exists():
+                    _learn_sb3(config, path) if agent == "sb3" else _learn(config, path)
+                _same(path, config)
+                runs[task, agent, seed] = path
+                _write(options.out / "learning.csv", runs)
+    print(table(runs))
+    return options.out / "learning.csv"
+
+
+def _config(options: Learn, task: str, agent: Learner, seed: int, path: Path) -> Config:
+    name: AgentName = "sac" if agent == "sb3" else agent
+    config = dataclasses.replace(PRESETS[f"{task}-{name}"][1], seed=seed, out=path)
+    if options.steps is not None:
+        config = dataclasses.replace(config, steps=options.steps)
+    if options.eval_every is not None:
+        config = dataclasses.replace(config, eval_every=options.eval_every)
+    return config
+
+
+def _same(path: Path, config: Config) -> None:
+    """Refuses a run of other options, which the table would show beside the others."""
+    recorded = RunFolder.read_config(path)
+    for name in ("steps", "eval_every"):
+        if recorded[name] != getattr(config, name):
+            raise UserError(
+                f"{path}: expected a run with {name} {getattr(config, name)}, found "
+                f"{recorded[name]}; give another --out"
+            )
+
+
+def _learn(config: Config, path: Path) -> None:
+    if (path / "checkpoints" / "latest.pt").exists():
+        config = dataclasses.replace(config, out=None, resume=path)
+    elif path.exists():
+        shutil.rmtree(path)  # stopped before its first checkpoint
+    sac.run(config)
+
+
+def _learn_sb3(config: Config, path: Path) -> None:
+    """Trains Stable-Baselines3's SAC; it cannot be resumed, so a stopped run begins anew."""
+    try:
+        from stable_baselines3 import SAC
+        from stable_baselines3.common.callbacks import BaseCallback
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"bench learn: expected stable-baselines3 to be installed, found: {error}; "
+            'pip install "pyro-ardae[rl,bench]"'
+        ) from None
+    if path.exists():
+        shutil.rmtree(path)
+    folder = RunFolder.create(path, dataclasses.asdict(config) | {"agent": "sb3"}, COLUMNS)
+    model = SAC(
+        "MlpPolicy",
+        wrap(gymnasium.make(config.env)),
+        learning_rate=config.learning_rate,
+        buffer_size=min(config.buffer_size, config.steps),
+        learning_starts=config.learning_starts,
+        batch_size=config.batch_size,
+        tau=config.tau,
+        gamma=config.gamma,
+        ent_coef=f"auto_{config.alpha}" if config.auto_alpha else config.alpha,
+        policy_kwargs={"net_arch": [*config.hidden_dims]},
+        seed=config.seed,
+        device=config.device,
+    )
+    started = time.perf_counter()
+
+    def play(noise: bool) -> Tensor:
+        def act(obs: Tensor) -> Tensor:
+            return torch.from_numpy(model.predict(obs.numpy(), deterministic=not noise)[0])
+
+        seed = sac.seed_of(config.seed, "evaluation", model.num_timesteps)
+        played = evaluate(config.env, act, episodes=config.eval_episodes, seed=seed)
+        return torch.tensor([episode.value for episode in played], dtype=torch.float64)
+
+    class Evaluations(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps % config.eval_every and self.num_timesteps < config.steps:
+                return True
+            noisy, still = play(noise=True), play(noise=False)
+            row = {
+                "step": self.num_timesteps,
+                "seconds": time.perf_counter() - started,
+                "eval_return": float(noisy.mean()),
+                "eval_return_std": float(noisy.std(correction=0)),
+                "eval_return_no_noise": float(still.mean()),
+                "eval_return_no_noise_std": float(still.std(correction=0)),
+            }
+            folder.log(row)
+            print(f"sb3 step {row['step']}: return {row['eval_return']:.1f}", flush=True)
+            return True
+
+    model.learn(config.steps, callback=Evaluations())
+    folder.close()
+    folder.write_json("results.json", {"steps": model.num_timesteps})
+
+
+def _write(path: Path, runs: dict[tuple[str, str, int], Path]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", "agent", "seed", *COLUMNS])
+        for key, run in runs.items():
+            metrics = read_metrics(run)
+            for row in zip(*(metrics[name] for name in COLUMNS), strict=True):
+                writer.writerow([*key, int(row[0]), *row[1:]])
+
+
+def table(runs: dict[tuple[str, str, int], Path]) -> str:
+    """A Markdown table of the last evaluations."""
+    lines = [
+        "| task | agent | seeds | steps | return | without noise |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task, agent in dict.fromkeys(key[:2] for key in runs):
+        found: list[dict[str, Any]] = [
+            read_metrics(runs[k]) for k in runs if k[:2] == (task, agent)
+        ]
+        shown = []
+        for name in ("eval_return", "eval_return_no_noise"):
+            values = [metrics[name][-1] for metrics in found]
+            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+            shown.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
+        steps = int(found[0]["step"][-1])
+        lines.append(f"| {task} | {agent} | {len(found)} | {steps} | {shown[0]} | {shown[1]} |")
+    return "\n".join(lines)
