@@ -57,10 +57,6 @@ class Config:
     for every guide, ..."""
     beta_share: float = 0.4
     """... over this share of the run."""
-    gain: float = 0.1
-    """Implicit guide: speed at which its network departs from a Gaussian."""
-    input_scale: float = 1.0
-    """Implicit guide: scale of the noise where it enters the network."""
     score_samples: int = 512
     """Implicit guide: draws by which the score is learned in a step."""
     score_learning_rate: float = 4e-3
@@ -94,8 +90,8 @@ class Training:
         self.joint = UnconstrainedModel(
             posterior.model, *(posterior.reference_args or posterior.args)
         )
-        self.guide = _guide(guide, posterior, config)
         self.steps_done, self.seconds, self.beta = 0, 0.0, config.beta_start
+        self.guide = GUIDES[guide](posterior.model, posterior.spread)
         self.rate = config.learning_rate
         if guide in ("iaf", "flow"):
             self.rate = config.flow_learning_rate
@@ -163,7 +159,9 @@ class Training:
         if not isinstance(self.guide, AutoImplicit):
             return Trace_ELBO(**common)
         estimator = partial(ARDAE, learning_rate=config.score_learning_rate)
-        return TraceImplicit_ELBO(estimator, num_score_samples=config.score_samples, **common)
+        return TraceImplicit_ELBO(
+            estimator, num_score_samples=config.score_samples, antithetic=True, **common
+        )
 
 
 class _Temper(Messenger):
@@ -176,14 +174,3 @@ class _Temper(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"]:
             msg["scale"] = msg["scale"] * self._beta
-
-
-def _guide(name: str, posterior: Posterior, config: Config) -> Any:
-    if name != "implicit":
-        return GUIDES[name](posterior.model, posterior.spread)
-    return AutoImplicit(
-        posterior.model,
-        init_scale=posterior.spread,
-        gain=config.gain,
-        input_scale=config.input_scale,
-    )
