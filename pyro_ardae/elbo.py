@@ -32,30 +32,26 @@ EstimatorFactory = Callable[[int, int], ScoreEstimator]
 class _ScoreMessenger(Messenger):
     """Attach a score to every implicit site that a guide samples, when it is sampled."""
 
-    def __init__(
-        self,
-        attach: Callable[[str, Implicit, Tensor], None],
-        probed: set[str],
-        paired_dim: int | None,
-    ) -> None:
+    def __init__(self, attach: Callable[[str, Implicit, Tensor], None], probed: set[str]) -> None:
         super().__init__()
         self._attach = attach
         self._probed = probed
-        self._paired_dim = paired_dim
+        self.paired_dim: int | None = None
         self._earlier: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        fn = None if self._paired_dim is None else find_implicit(msg["fn"])
+        fn = None if self.paired_dim is None else find_implicit(msg["fn"])
         if fn is not None:
-            fn.paired_dim = self._paired_dim  # expanded by the particles' plate later
+            fn.paired_dim = self.paired_dim  # expanded by the particles' plate later
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["is_observed"]:
             return
         fn = find_implicit(msg["fn"])
         if fn is not None:
-            for drawn in (fn, fn.distinct()):
-                drawn.paired_dim = None
+            for drawn in (fn, fn.expanded_from):
+                if drawn is not None:  # later draws of it are independent
+                    drawn.paired_dim = None
             if msg["name"] not in self._probed and msg["value"].requires_grad:
                 self._probed.add(msg["name"])
                 check_context(msg["name"], fn, msg["value"], self._earlier)
@@ -214,11 +210,13 @@ class _ImplicitELBO:
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
         self._watch(guide)
         # Messenger.__call__, not functools.wraps: poutine.unwrap() finds a GuideMessenger under it.
-        if self.antithetic and self.max_plate_nesting == math.inf:
-            self._guess_max_plate_nesting(model, guide, args, kwargs)
-        paired_dim = -int(self.max_plate_nesting) if self.antithetic else None
-        scored = _ScoreMessenger(self._attach, self._probed, paired_dim)(guide)
+        messenger = _ScoreMessenger(self._attach, self._probed)
+        scored = messenger(guide)
         try:
+            if self.antithetic:
+                if self.max_plate_nesting == math.inf:
+                    self._guess_max_plate_nesting(model, scored, args, kwargs)
+                messenger.paired_dim = -int(self.max_plate_nesting)  # that of the particles
             yield from super()._get_traces(model, scored, args, kwargs)  # type: ignore[misc]
         finally:  # a guide may keep its distributions: outside the ELBO they have no log_prob
             while self._attached:

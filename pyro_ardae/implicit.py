@@ -223,7 +223,9 @@ def _paired(noise: Distribution, draws: Tensor, dim: int) -> Tensor:
 
     :raises ValueError: for noise that is not normal.
     """
-    base = noise.base_dist if isinstance(noise, Independent) else noise
+    base = noise
+    while isinstance(base, Independent):
+        base = base.base_dist
     if not isinstance(base, Normal):
         raise ValueError(
             f"antithetic=True: expected normal noise of an Implicit site, got "

@@ -71,6 +71,7 @@ def test_noise_comes_in_pairs(elbo_class: Any, nesting: float, kind: str) -> Non
         num_particles=PARTICLES,
         vectorize_particles=True,
         max_plate_nesting=nesting,
+        strict_enumeration_warning=False,
         antithetic=True,
     )
     seen: dict[str, Tensor] = {}
