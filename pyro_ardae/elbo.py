@@ -85,6 +85,8 @@ class _Site:
 class _ImplicitELBO:
     """What the three ELBOs share: estimators by site, trained when the guide is traced."""
 
+    max_plate_nesting: int | float
+
     def __init__(
         self,
         score_estimator: EstimatorFactory = ARDAE,

@@ -16,6 +16,7 @@ import torch
 from inference import posterior_table
 from inference.errors import UserError
 from inference.posterior_table import COLUMNS, FLOOR
+from inference.posterior_training import MAX_SKIPPED, Config, Training
 from inference.reference import Reference, flatten, reference
 from models.posterior_guides import GUIDES
 from models.posteriors import POSTERIORS
@@ -92,6 +93,39 @@ def test_errors_end_in_one_line(
         assert stopped.value.code == 2, arguments
         assert message in shown.err, arguments
         assert "Traceback" not in shown.err, arguments
+
+
+def test_a_step_without_a_finite_gradient_is_skipped() -> None:
+    training = Training(POSTERIORS["banana"](), "normal", Config(steps=100))
+    training.step()
+    before = [p.detach().clone() for p in training.guide.parameters()]
+
+    class Failing:
+        """As Pyro for a value that rounding has put outside of its support."""
+
+        def __call__(self, *_: object) -> torch.Tensor:
+            raise ValueError("Expected value argument to be within the support")
+
+    class Infinite(Failing):
+        def __call__(self, *_: object) -> torch.Tensor:
+            return sum((p.sum() for p in training.guide.parameters()), torch.zeros(())) * math.inf
+
+    objective = training.objective
+    for failing in (Failing(), Infinite()):
+        training.objective = failing  # type: ignore[assignment]
+        for _ in range(MAX_SKIPPED - 1):
+            training.step()
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, training.guide.parameters(), strict=True)
+        )
+        training.objective = objective
+        training.step()
+        before = [p.detach().clone() for p in training.guide.parameters()]
+    training.objective = Failing()  # type: ignore[assignment]
+    for _ in range(MAX_SKIPPED):
+        training.step()
+    with pytest.raises(ValueError, match=f"{MAX_SKIPPED + 1} steps in a row"):
+        training.step()
 
 
 def test_references_are_made_once(tmp_path: Path) -> None:
