@@ -216,9 +216,9 @@ def _check(config: Config) -> None:
         (config.seconds > 0, "seconds", "a positive time", config.seconds),
         (config.steps > 0, "steps", "a positive number", config.steps),
         (
-            config.particles is None or config.particles > 1,
+            config.particles is None or (config.particles > 1 and config.particles % 2 == 0),
             "particles",
-            "at least 2",
+            "an even number, for pairs of opposite noise",
             config.particles,
         ),
         (0 < config.beta_start <= 1, "beta-start", "a value in (0, 1]", config.beta_start),

@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pyro
@@ -83,7 +85,7 @@ def reference(
     :param int num_draws: draws per chain, 4 chains.
     :param int warm_up: steps of NUTS before them.
     :param int seed: seed of the first chain.
-    :raises UserError: if the folder cannot be written.
+    :raises UserError: if the folder cannot be written, or the file is damaged.
     """
     model = posterior.reference_model or posterior.model
     settings = json.dumps({"num_draws": num_draws, "warm_up": warm_up, "seed": seed})
@@ -162,15 +164,24 @@ def _chains(draws: Draws) -> list[Draws]:
 
 
 def _read(path: Path, settings: str) -> Draws | None:
-    """The draws of a file that was made with these settings."""
+    """The draws of a file that was made with these settings; ``None`` without one.
+
+    :raises UserError: if it is damaged, or no such file.
+    """
+    if not path.exists():
+        return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves a damaged archive open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             if str(file["settings"]) != settings:
                 return None
             names = [name for name in file.files if name != "settings"]
             return {name: torch.as_tensor(file[name]) for name in names}
-    except (OSError, ValueError, KeyError):
-        return None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}: expected reference draws that this program made, found: {error!r}. Delete "
+            "the file, and they are made anew"
+        ) from None
 
 
 def _write(path: Path, draws: Draws, settings: str) -> None:

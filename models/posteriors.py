@@ -26,6 +26,7 @@ from typing import Any, Literal
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["POSTERIORS", "SCHOOLS", "SCHOOLS_ERROR", "Draws", "Posterior"]
@@ -144,20 +145,26 @@ def volatility(returns: Tensor) -> None:
     sigma = pyro.sample("sigma", dist.LogNormal(-1.5, 0.5))
     days = len(returns)
     z = pyro.sample("z", dist.Normal(returns.new_zeros(days), 1.0).to_event(1))
-    h = mu.unsqueeze(-1) + sigma.unsqueeze(-1) * (_ar1(phi, days) @ z.unsqueeze(-1)).squeeze(-1)
+    h = mu.unsqueeze(-1) + sigma.unsqueeze(-1) * _ar1(phi, z)
     # A guide at its start may draw log-variances whose exponentials overflow.
     scale = (h.clamp(-20.0, 20.0) / 2).exp()
     pyro.sample("returns", dist.Normal(0.0, scale).to_event(1), obs=returns)
 
 
-def _ar1(phi: Tensor, days: int) -> Tensor:
-    """The factor ``[*, days, days]`` that takes innovations to a stationary AR(1) of scale 1."""
-    phi = phi.clamp(1e-4, 1 - 1e-6)  # both ends round to values without a logarithm or a root
-    day = torch.arange(days, device=phi.device)
-    lag = (day[:, None] - day).clamp_min(0)
-    powers = torch.exp(lag * phi.log()[..., None, None]).tril()
-    first = (1 - phi**2).rsqrt()[..., None]
-    return torch.cat([powers[..., :1] * first[..., None], powers[..., 1:]], -1)
+def _ar1(phi: Tensor, innovations: Tensor) -> Tensor:
+    """Innovations ``[*, days]`` to a stationary AR(1) of which each adds 1 to the scale.
+
+    The sum over all lags s of phi^s by doubling, in log2(days) shifts and no loop over days:
+    1 + phi S + phi^2 S^2 + ... = (1 + phi S)(1 + phi^2 S^2)(1 + phi^4 S^4)...
+    """
+    phi = phi.clamp(1e-4, 1 - 1e-6).unsqueeze(-1)  # both ends round to values without a root
+    first, *rest = innovations.split([1, innovations.shape[-1] - 1], -1)
+    h = torch.cat([first * (1 - phi**2).rsqrt(), *rest], -1)
+    lag = 1
+    while lag < h.shape[-1]:
+        h = h + phi**lag * F.pad(h[..., :-lag], (lag, 0))
+        lag *= 2
+    return h
 
 
 def _breast_cancer() -> tuple[Tensor, Tensor]:
@@ -191,7 +198,7 @@ def _bimodal_data() -> Tensor:
 def _returns() -> Tensor:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(100, generator=generator)
-    h = -1.0 + 0.3 * _ar1(torch.tensor(0.95), 100) @ z
+    h = -1.0 + 0.3 * _ar1(torch.tensor(0.95), z)
     return torch.randn(100, generator=generator) * (h / 2).exp()
 
 

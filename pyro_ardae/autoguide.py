@@ -17,19 +17,16 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.nn.module import PyroModule
 from pyro.poutine.indep_messenger import IndepMessenger
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_ardae.build import Networks, add_parts
+from pyro_ardae.encoders import Encoder, Encoders
 from pyro_ardae.layout import Group, find_groups, point_mass
-from pyro_ardae.posterior import RowPosterior
 from pyro_ardae.prototype import check_structure, unconstrain
+from pyro_ardae.quantiles import checked_levels, fixed_noise, num_draws, quantiles_of
 
 __all__ = ["AutoImplicit"]
-
-Encoder = Callable[..., Tensor]
-
-#: Numbers that a table of draws for quantiles holds at most.
-_TABLE = 2**25
 
 
 class AutoImplicit(AutoGuide):
@@ -105,12 +102,6 @@ class AutoImplicit(AutoGuide):
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}.")
-        if not init_scale > 0:
-            raise ValueError(f"init_scale: expected a number > 0, got {init_scale}.")
-        if extra_noise < 0:
-            raise ValueError(f"extra_noise: expected an integer >= 0, got {extra_noise}.")
-        if embedding_dim < 1:
-            raise ValueError(f"embedding_dim: expected an integer >= 1, got {embedding_dim}.")
         if num_quantile_draws < 2:
             raise ValueError(f"num_quantile_draws: expected >= 2, got {num_quantile_draws}.")
         if isinstance(local_plates, str):
@@ -118,34 +109,19 @@ class AutoImplicit(AutoGuide):
         super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
         self._plain = (model,)  # in a tuple, since it is no submodule of the guide
         self.init_loc_fn = init_loc_fn
-        self.init_scale = float(init_scale)
-        self.extra_noise = extra_noise
-        self.hidden_dims = tuple(hidden_dims)
-        self.gain, self.input_scale = gain, input_scale
-        self.embedding_dim = embedding_dim
+        self.networks = Networks(
+            init_scale=float(init_scale),
+            extra_noise=extra_noise,
+            hidden_dims=tuple(hidden_dims),
+            gain=gain,
+            input_scale=input_scale,
+            embedding_dim=embedding_dim,
+        )
         self.local_plates = tuple(local_plates)
         self.num_quantile_draws = num_quantile_draws
-        self._encoder_names: dict[str | None, str] = {}
         self._groups: list[Group] = []
         self.latent_dim = 0
-        self._add_encoders(encoder)
-
-    def _add_encoders(self, encoder: Encoder | Mapping[str, Encoder] | None) -> None:
-        if encoder is None:
-            return
-        if isinstance(encoder, Mapping) and not isinstance(encoder, nn.Module):
-            given: list[tuple[str | None, Any]] = list(encoder.items())
-        else:
-            given = [(None, encoder)]
-        for i, (plate, function) in enumerate(given):
-            if not callable(function):
-                raise TypeError(
-                    f"encoder: expected a callable of the model's arguments, or a mapping from "
-                    f"plates to such, got {type(function).__name__}."
-                )
-            name = "encoder" if plate is None else f"encoder_{i}"
-            setattr(self, name, function)
-            self._encoder_names[plate] = name
+        self.encoders = Encoders(encoder)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the model, which may not be picklable and is not needed any more."""
@@ -176,7 +152,7 @@ class AutoImplicit(AutoGuide):
         )
         created = self._created_plates(*args, **kwargs)
         self._groups = find_groups(
-            self.prototype_trace, set(self.local_plates), set(self._encoder_names), created
+            self.prototype_trace, set(self.local_plates), self.encoders.plates, created
         )
         start = {name: unconstrain(site) for name, site in self._latents()}
         self._own_nesting = max(
@@ -184,43 +160,10 @@ class AutoImplicit(AutoGuide):
             default=0,
         )
         self.posterior = PyroModule()
-        self.latent_dim = 0
-        for group in self._groups:
-            feature_dim = None
-            hidden = sorted(set(group.plates) & explicit - set(created))
-            if self._encoder_of(group) is not None:
-                with torch.no_grad(), poutine.block():
-                    features = self._features(group, args, kwargs)
-                feature_dim = features.shape[-1]
-                if features.shape[:-1] != group.rows and hidden:
-                    raise ValueError(
-                        f"encoder: the model's plate '{hidden[0]}' is given its subsample by the "
-                        f"caller; expected features of those rows, {group.rows}, got "
-                        f"{tuple(features.shape[:-1])}. Encode the subsample, or pass "
-                        "create_plates=…."
-                    )
-            elif hidden:
-                raise ValueError(
-                    f"AutoImplicit: the model's plate '{hidden[0]}' is given its subsample by the "
-                    "caller, so the guide does not know which rows it is about. Pass "
-                    "create_plates=…, which returns that plate with the same subsample, or an "
-                    "encoder=… that tells rows apart by their data."
-                )
-            part = RowPosterior(
-                group.pack(start),
-                self.init_scale,
-                condition_dim=self.latent_dim if group.plates else 0,
-                embedding_dim=self.embedding_dim if group.plates else 0,
-                feature_dim=feature_dim,
-                extra_noise=self.extra_noise,
-                hidden_dims=self.hidden_dims,
-                gain=self.gain,
-                input_scale=self.input_scale,
-            )
-            setattr(self.posterior, group.name, part)
-            part.load_from_store()
-            if not group.plates:
-                self.latent_dim = group.dim
+        hidden = explicit - set(created)
+        self.latent_dim = add_parts(
+            self.posterior, self._groups, self.networks, start, self.encoders, hidden, args, kwargs
+        )
 
     def _latents(self) -> Iterator[tuple[str, Any]]:
         sites: Iterator[tuple[str, Any]] = self.prototype_trace.iter_stochastic_nodes()
@@ -245,11 +188,8 @@ class AutoImplicit(AutoGuide):
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        features = {
-            group.name: self._features(group, args, kwargs)
-            for group in self._groups
-            if self._encoder_of(group) is not None
-        }
+        found = ((g.name, self.encoders.features(g, args, kwargs)) for g in self._groups)
+        features = {name: rows for name, rows in found if rows is not None}
         plates = self._plates(features, *args, **kwargs)
         values: dict[str, Tensor] = {}
         log_dets: dict[str, Tensor] = {}
@@ -284,7 +224,7 @@ class AutoImplicit(AutoGuide):
         if features is not None and features.shape[:-1] == group.full_rows:
             features = pyro.subsample(features, event_dim=1)
         rows = part.describe(features)
-        name = f"_{group.name}" if group.plates else ""
+        name = f"_{group.label}" if group.plates else ""
         y = pyro.sample(
             f"_{self._pyro_name}{name}_latent",
             part.implicit(rows, u),
@@ -308,29 +248,6 @@ class AutoImplicit(AutoGuide):
         if self.latent_dim:
             for name, value in self._groups[0].unpack(latent).items():
                 yield self.prototype_trace.nodes[name], value
-
-    def _encoder_of(self, group: Group) -> Encoder | None:
-        names = self._encoder_names
-        known = [names[key] for key in (None, *group.plates) if key in names]
-        return getattr(self, known[-1]) if group.plates and known else None
-
-    def _features(self, group: Group, args: Any, kwargs: Any) -> Tensor:
-        """What the encoder makes of the arguments, ``[*rows, C]``."""
-        encoder = self._encoder_of(group)
-        assert encoder is not None
-        features = encoder(*args, **kwargs)
-        if not isinstance(features, Tensor):
-            got = type(features).__name__
-            raise TypeError(f"encoder: expected it to return a tensor, got {got}.")
-        if features.dim() != len(group.plates) + 1 or 0 in features.shape:
-            raise ValueError(
-                f"encoder: expected features [{', '.join(group.plates)}, C] with at least one row, "
-                f"got shape {tuple(features.shape)}."
-            )
-        shape = [1] * group.nesting
-        for size, dim in zip(features.shape, group.local_dims, strict=False):
-            shape[dim] = size
-        return features.reshape(*shape, features.shape[-1])
 
     def _plates(self, features: dict[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Plates by name; those of encoded rows as large as the features of this call."""
@@ -386,8 +303,7 @@ class AutoImplicit(AutoGuide):
         u: Tensor | None = None
         for group in self._groups:
             part = getattr(self.posterior, group.name)
-            encoded = self._encoder_of(group) is not None
-            rows = part.describe(self._features(group, args, kwargs) if encoded else None)
+            rows = part.describe(self.encoders.features(group, args, kwargs))
             rows = rows.reshape(1, *[1] * (depth - group.nesting), *rows.shape)
             eps = noise((num, *rows.shape[1:-1], part.noise_dim), rows)
             y, z = part.draw(eps, rows, u)
@@ -420,22 +336,14 @@ class AutoImplicit(AutoGuide):
         :returns: constrained values ``[len(quantiles), *shape]`` by site name.
         :raises ValueError: for numbers outside of [0, 1].
         """
-        levels = torch.as_tensor(quantiles, dtype=torch.float64).flatten()
-        if not bool(((levels >= 0) & (levels <= 1)).all()):
-            raise ValueError(f"quantiles: expected numbers in [0, 1], got {levels.tolist()}.")
-        generator = torch.Generator().manual_seed(0)
-
-        def noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
-            half = torch.randn(shape[0] // 2, *shape[1:], generator=generator, dtype=like.dtype)
-            return torch.cat([half, -half]).to(like.device)
-
+        levels = checked_levels(quantiles)
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         total = sum(group.dim * torch.Size(group.full_rows).numel() for group in self._groups)
-        count = min(self.num_quantile_draws, max(256, _TABLE // total)) // 2 * 2
-        draws = self._draw(count, noise, args, kwargs)
+        count = num_draws(self.num_quantile_draws, total)
+        draws = self._draw(count, fixed_noise(), args, kwargs)
         return {
-            name: biject_to(site["fn"].support)(_quantiles(draws[name], levels))
+            name: biject_to(site["fn"].support)(quantiles_of(draws[name], levels))
             for name, site in self._latents()
         }
 
@@ -460,13 +368,3 @@ _NO_TRANSFORM = (
     "AutoImplicit is not the image of a simple distribution under a bijection: its sampler is not "
     "invertible, and NeuTraReparam cannot be used. Take a normalizing flow, such as AutoIAFNormal."
 )
-
-
-def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
-    """Quantiles of draws along the first dimension, linearly interpolated."""
-    ordered = draws.sort(0).values  # torch.quantile takes at most 2**24 elements
-    at = levels * (len(draws) - 1)
-    below = at.floor().long().clamp(max=len(draws) - 2).to(draws.device)
-    weight = (at.to(draws.device) - below).to(draws.dtype)
-    weight = weight.reshape(-1, *[1] * (draws.dim() - 1))
-    return ordered[below].lerp(ordered[below + 1], weight)

@@ -36,13 +36,22 @@ class _ScoreMessenger(Messenger):
         super().__init__()
         self._attach = attach
         self._probed = probed
+        self.paired_dim: int | None = None
         self._earlier: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        fn = None if self.paired_dim is None else find_implicit(msg["fn"])
+        if fn is not None:
+            fn.paired_dim = self.paired_dim  # expanded by the particles' plate later
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["is_observed"]:
             return
         fn = find_implicit(msg["fn"])
         if fn is not None:
+            for drawn in (fn, fn.expanded_from):
+                if drawn is not None:  # later draws of it are independent
+                    drawn.paired_dim = None
             if msg["name"] not in self._probed and msg["value"].requires_grad:
                 self._probed.add(msg["name"])
                 check_context(msg["name"], fn, msg["value"], self._earlier)
@@ -76,6 +85,8 @@ class _Site:
 class _ImplicitELBO:
     """What the three ELBOs share: estimators by site, trained when the guide is traced."""
 
+    max_plate_nesting: int | float
+
     def __init__(
         self,
         score_estimator: EstimatorFactory = ARDAE,
@@ -87,6 +98,7 @@ class _ImplicitELBO:
         vectorize_particles: bool = False,
         strict_enumeration_warning: bool = True,
         retain_graph: bool | None = None,
+        antithetic: bool = False,
     ) -> None:
         if not callable(score_estimator):
             raise TypeError(
@@ -98,6 +110,11 @@ class _ImplicitELBO:
             raise ValueError(f"expected num_score_samples >= 2, got {num_score_samples}.")
         if num_score_updates < 0:
             raise ValueError(f"expected num_score_updates >= 0, got {num_score_updates}.")
+        if antithetic and not (vectorize_particles and num_particles % 2 == 0):
+            raise ValueError(
+                "antithetic=True: expected an even num_particles and vectorize_particles=True, got "
+                f"{num_particles} and {vectorize_particles}."
+            )
         super().__init__(  # type: ignore[call-arg]
             num_particles=num_particles,
             max_plate_nesting=max_plate_nesting,
@@ -105,6 +122,7 @@ class _ImplicitELBO:
             strict_enumeration_warning=strict_enumeration_warning,
             retain_graph=retain_graph,
         )
+        self.antithetic = antithetic
         self.score_estimator = score_estimator
         self.num_score_samples = num_score_samples
         self.num_score_updates = num_score_updates
@@ -194,8 +212,13 @@ class _ImplicitELBO:
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
         self._watch(guide)
         # Messenger.__call__, not functools.wraps: poutine.unwrap() finds a GuideMessenger under it.
-        scored = _ScoreMessenger(self._attach, self._probed)(guide)
+        messenger = _ScoreMessenger(self._attach, self._probed)
+        scored = messenger(guide)
         try:
+            if self.antithetic:
+                if self.max_plate_nesting == math.inf:
+                    self._guess_max_plate_nesting(model, scored, args, kwargs)
+                messenger.paired_dim = -int(self.max_plate_nesting)  # that of the particles
             yield from super()._get_traces(model, scored, args, kwargs)  # type: ignore[misc]
         finally:  # a guide may keep its distributions: outside the ELBO they have no log_prob
             while self._attached:
@@ -344,6 +367,11 @@ class TraceImplicit_ELBO(_ImplicitELBO, Trace_ELBO):
     :param vectorize_particles: as in Pyro.
     :param strict_enumeration_warning: as in Pyro.
     :param retain_graph: as in Pyro.
+    :param antithetic: draw the particles in pairs, whose implicit sites have opposite noise. Each
+        particle has the law of the guide, so the gradient's expectation is the same, and the part
+        of its noise that is odd in theirs cancels: most of that of a location, and what tips a
+        guide from one mode into another. Takes ``vectorize_particles``, an even ``num_particles``
+        and normal noise.
     :raises TypeError: if ``score_estimator`` is not callable.
     :raises ValueError: for counts out of range; in a step, for non-finite draws of a site and for a
         second guide whose sites have other sizes.

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, Normal, constraints
 
 __all__ = ["Implicit", "find_implicit"]
 
@@ -91,6 +91,7 @@ class Implicit(TorchDistribution):
         self.expanded_from: Implicit | None = None
         self.score: ScoreFunction | None = None
         self.density: ScoreFunction | None = None
+        self.paired_dim: int | None = None
 
     def _set(
         self,
@@ -121,7 +122,7 @@ class Implicit(TorchDistribution):
         shape = Size(batch_shape)
         new._set(self.sampler, self.noise, self.context, shape, self.event_shape)
         new.expanded_from, new.score = self.expanded_from or self, self.score
-        new.density = self.density
+        new.density, new.paired_dim = self.density, self.paired_dim
         return new
 
     def distinct(self) -> Implicit:
@@ -141,7 +142,10 @@ class Implicit(TorchDistribution):
         :raises ValueError: if the sampler returns another shape.
         """
         sample_shape = Size(sample_shape)
-        return self._push(self.noise.rsample(sample_shape), sample_shape)
+        noise = self.noise.rsample(sample_shape)
+        if self.paired_dim is not None and len(self.batch_shape) >= -self.paired_dim:
+            noise = _paired(self.noise, noise, self.paired_dim - len(self.noise.event_shape))
+        return self._push(noise, sample_shape)
 
     def sample(self, sample_shape: Any = Size()) -> Tensor:
         """Draw ``[*sample_shape, *batch, *event]`` without a graph."""
@@ -212,6 +216,26 @@ def find_implicit(fn: Any) -> Implicit | None:
             return None
         fn = fn.base_dist
     return fn
+
+
+def _paired(noise: Distribution, draws: Tensor, dim: int) -> Tensor:
+    """The first half of the draws along a dimension, and in place of the second its mirror image.
+
+    :raises ValueError: for noise that is not normal.
+    """
+    base = noise
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if not isinstance(base, Normal):
+        raise ValueError(
+            f"antithetic=True: expected normal noise of an Implicit site, got "
+            f"{type(base).__name__}. Leave antithetic out."
+        )
+    half = draws.shape[dim] // 2
+    loc, scale = (x.expand(draws.shape) for x in (base.loc, base.scale))
+    unit = (draws.narrow(dim, 0, half) - loc.narrow(dim, 0, half)) / scale.narrow(dim, 0, half)
+    image = loc.narrow(dim, half, half) - scale.narrow(dim, half, half) * unit
+    return torch.cat([draws.narrow(dim, 0, half), image], dim)
 
 
 def _noise_distribution(noise: int | Distribution, context: Tensor | None) -> Distribution:

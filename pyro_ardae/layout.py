@@ -59,8 +59,13 @@ class Group:
 
     @property
     def name(self) -> str:
-        """An attribute's name."""
-        return re.sub(r"\W", "_", "__".join(self.plates)) or "globals"
+        """An attribute's name, which no attribute of a module has, whatever a plate is called."""
+        return f"plate_{self.label}" if self.plates else "globals"
+
+    @property
+    def label(self) -> str:
+        """The plates' names as one identifier."""
+        return re.sub(r"\W", "_", "__".join(self.plates))
 
     @property
     def dim(self) -> int:
@@ -205,6 +210,13 @@ def find_groups(
         groups[key].slots.append(
             _Slot(name, tuple(value.shape[value.dim() - event_dim :]), tuple(batch))
         )
+    labels: dict[str, tuple[str, ...]] = {}
+    for key, group in groups.items():
+        if labels.setdefault(group.label, key) != key:
+            raise ValueError(
+                f"expected names of plates that differ as identifiers, got {list(key)} and "
+                f"{list(labels[group.label])}, which are both '{group.label}'. Rename one."
+            )
     return sorted(groups.values(), key=lambda group: len(group.plates) > 0)
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
 
-__all__ = ["check_structure", "unconstrain"]
+__all__ = ["check_structure", "refuse_moving_supports", "unconstrain"]
 
 #: Runs of the model, on values drawn from the prior, by which a varying structure is found out.
 _NUM_RUNS = 4
@@ -54,8 +55,8 @@ def check_structure(prototype: Any, model: Any, *args: Any, **kwargs: Any) -> tu
         dimensions that plates take, observed sites included.
     :raises ValueError: for no latents, discrete ones, empty plates, or a structure that varies.
     """
-    expected = {}
-    for name, site in prototype.iter_stochastic_nodes():
+    expected, latents = {}, dict(prototype.iter_stochastic_nodes())
+    for name, site in latents.items():
         if site["fn"].support.is_discrete:
             raise ValueError(
                 f"AutoImplicit: site '{name}' is discrete. Sum it out: hide it from the guide by "
@@ -75,7 +76,41 @@ def check_structure(prototype: Any, model: Any, *args: Any, **kwargs: Any) -> tu
             except (ValueError, RuntimeError):
                 continue  # a draw far from the data is no fault of the model
             nesting = max(nesting, _check_run(trace, expected))
+            refuse_moving_supports(latents, trace)
     return recorder.explicit, nesting
+
+
+def refuse_moving_supports(latents: Mapping[str, Any], again: Any) -> None:
+    """Compare the supports of the latents in two runs of a model.
+
+    All maps to the reals are those of the first run: with other bounds they are wrong.
+
+    :param latents: the latent sites of a run, by name.
+    :param again: a trace of another run.
+    :raises ValueError: if one differs.
+    """
+    for name, site in latents.items():
+        other = again.nodes.get(name)
+        if other is not None and not _same(site["fn"].support, other["fn"].support):
+            raise ValueError(
+                f"site '{name}': expected the same support in every run of the model, got one that "
+                f"varies, of a {type(site['fn']).__name__}: do its bounds depend on another latent "
+                "or on a subsample? Sample it on a fixed support and transform it, e.g. "
+                "width * pyro.sample(…, Uniform(0, 1))."
+            )
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two constraints, or what they are made of, are equal."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, Tensor):
+        return first.shape == second.shape and bool((first == second).all())
+    if isinstance(first, Sequence) and not isinstance(first, str):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, Constraint):
+        return _same([*vars(first).items()], [*vars(second).items()])
+    return bool(first == second)
 
 
 def _check_run(trace: Any, expected: Mapping[str, tuple[int, ...]]) -> int:

@@ -16,6 +16,8 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_ardae.prototype import refuse_moving_supports
+
 __all__ = [
     "UnconstrainedModel",
     "guide_draws",
@@ -57,14 +59,17 @@ class UnconstrainedModel:
     :ivar tuple plates: their names.
     :ivar dict sites: the latent sites of a trace of the model, by name.
     :ivar int max_plate_nesting: plates' dimensions, counted from the right.
-    :raises ValueError: without latent sites, for a discrete one, and for a subsampled plate where
-        the data points that are left out would count.
+    :raises ValueError: without latent sites, for a discrete one, for one whose support varies, as
+        with bounds that depend on other latents, and for a subsampled plate where the data points
+        that are left out would count.
     """
 
     def __init__(self, model: Callable[..., Any], *args: Any) -> None:
         self.model, self.args = model, args
         with torch.no_grad(), poutine.block():
             trace = poutine.trace(model).get_trace(*args)
+            with torch.random.fork_rng(_cuda_devices(trace)):  # the stream goes on as after one run
+                again = poutine.trace(model).get_trace(*args)
         self.sites = latent_sites(trace)
         if not self.sites:
             raise ValueError(
@@ -77,6 +82,7 @@ class UnconstrainedModel:
                     f"{type(site['fn']).__name__}. Sum it out in the model (e.g. with "
                     "MixtureSameFamily) to evaluate the model."
                 )
+        refuse_moving_supports(self.sites, again)
         self.max_plate_nesting = plate_nesting(trace)
         common = _common_plates(trace)
         refuse_subsampling(trace, {frame.name for frame in common})
@@ -228,6 +234,12 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
         for site in _samples(trace)
         if not site["is_observed"] and not site["infer"].get("is_auxiliary")
     }
+
+
+def _cuda_devices(trace: poutine.Trace) -> list[torch.device]:
+    """The CUDA devices of the latents."""
+    devices = {site["value"].device for site in latent_sites(trace).values()}
+    return [device for device in devices if device.type == "cuda"]
 
 
 def _samples(trace: poutine.Trace) -> list[Any]:

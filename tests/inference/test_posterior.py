@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from inference import posterior_table
+from inference.errors import UserError
 from inference.posterior_table import COLUMNS, FLOOR
+from inference.posterior_training import MAX_SKIPPED, Config, Training
 from inference.reference import Reference, flatten, reference
 from models.posterior_guides import GUIDES
 from models.posteriors import POSTERIORS
@@ -77,7 +79,8 @@ def test_errors_end_in_one_line(
         (("--posteriors", "banana", "no-such"), "--posteriors: expected some of schools-centred"),
         (("--guides", "no-such"), "--guides: expected some of normal"),
         (("--seconds", 0), "--seconds: expected a positive time, found 0"),
-        (("--particles", 1), "--particles: expected at least 2, found 1"),
+        (("--particles", 1), "--particles: expected an even number, for pairs of opposite noise"),
+        (("--particles", 33), "--particles: expected an even number, for pairs of opposite noise"),
         (("--beta-start", 0), "--beta-start: expected a value in (0, 1], found 0.0"),
         (("--draws", 10), "--draws: expected at least 100, found 10"),
         (("--out", tmp_path / "file" / "run"), "expected a writable folder"),
@@ -92,6 +95,39 @@ def test_errors_end_in_one_line(
         assert "Traceback" not in shown.err, arguments
 
 
+def test_a_step_without_a_finite_gradient_is_skipped() -> None:
+    training = Training(POSTERIORS["banana"](), "normal", Config(steps=100))
+    training.step()
+    before = [p.detach().clone() for p in training.guide.parameters()]
+
+    class Failing:
+        """As Pyro for a value that rounding has put outside of its support."""
+
+        def __call__(self, *_: object) -> torch.Tensor:
+            raise ValueError("Expected value argument to be within the support")
+
+    class Infinite(Failing):
+        def __call__(self, *_: object) -> torch.Tensor:
+            return sum((p.sum() for p in training.guide.parameters()), torch.zeros(())) * math.inf
+
+    objective = training.objective
+    for failing in (Failing(), Infinite()):
+        training.objective = failing  # type: ignore[assignment]
+        for _ in range(MAX_SKIPPED - 1):
+            training.step()
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, training.guide.parameters(), strict=True)
+        )
+        training.objective = objective
+        training.step()
+        before = [p.detach().clone() for p in training.guide.parameters()]
+    training.objective = Failing()  # type: ignore[assignment]
+    for _ in range(MAX_SKIPPED):
+        training.step()
+    with pytest.raises(ValueError, match=f"{MAX_SKIPPED + 1} steps in a row"):
+        training.step()
+
+
 def test_references_are_made_once(tmp_path: Path) -> None:
     posterior = POSTERIORS["banana"]()
     first = reference(posterior, tmp_path, num_draws=100)
@@ -99,7 +135,28 @@ def test_references_are_made_once(tmp_path: Path) -> None:
     assert torch.equal(first.draws, again.draws)
     assert first.draws.shape == (4, 100, 2)
     assert reference(posterior, tmp_path, num_draws=50).draws.shape == (4, 50, 2)
-    (tmp_path / "banana.npz").write_bytes(b"damaged")
+
+
+@pytest.mark.parametrize("damage", ["cut", "other bytes", "empty", "flipped", "another file"])
+def test_a_damaged_reference_is_an_error_that_says_what_to_do(tmp_path: Path, damage: str) -> None:
+    posterior, path = POSTERIORS["banana"](), tmp_path / "banana.npz"
+    first = reference(posterior, tmp_path, num_draws=100)
+    whole = path.read_bytes()
+    if damage == "another file":
+        np.savez(path, a=np.zeros(3))
+    else:
+        middle = len(whole) // 2
+        path.write_bytes(
+            {
+                "cut": whole[:middle],
+                "other bytes": b"damaged",
+                "empty": b"",
+                "flipped": whole[: middle - 8] + bytes(16) + whole[middle + 8 :],
+            }[damage]
+        )
+    with pytest.raises(UserError, match=r"banana\.npz: expected reference draws.*Delete the file"):
+        reference(posterior, tmp_path, num_draws=100)
+    path.unlink()
     assert torch.equal(reference(posterior, tmp_path, num_draws=100).draws, first.draws)
 
 

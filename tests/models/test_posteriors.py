@@ -81,10 +81,10 @@ def test_centred_and_noncentred_schools_are_the_same_posterior() -> None:
     torch.testing.assert_close(first + 8 * tau.log(), second, rtol=1e-5, atol=1e-4)
 
 
-def test_ar1_factor_is_the_recursion() -> None:
+def test_ar1_is_the_recursion() -> None:
     phi = torch.tensor([0.9, 0.3])
     z = torch.randn(2, 6)
-    found = (_ar1(phi, 6) @ z.unsqueeze(-1)).squeeze(-1)
+    found = _ar1(phi, z)
     h: list[Tensor] = [z[:, 0] / (1 - phi**2).sqrt()]
     for day in range(1, 6):
         h.append(phi * h[-1] + z[:, day])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -190,6 +191,61 @@ def test_errors() -> None:
 
     with pytest.raises(ValueError, match="plate 'data': expected all data, got a subsample"):
         to_arviz(subsampled, AutoNormal(subsampled), Y)
+
+
+def from_dict_of_1(
+    data: Any,
+    *,
+    name: Any = None,
+    sample_dims: Any = None,
+    save_warmup: Any = None,
+    index_origin: Any = None,
+    coords: Any = None,
+    dims: Any = None,
+    pred_dims: Any = None,
+    pred_coords: Any = None,
+    check_conventions: bool = True,
+    attrs: Any = None,
+) -> Any:
+    """ArviZ 1.x's own in short: a tree of data sets, from {group: {variable: array}}.
+
+    The signature is that of arviz-base 1; by its rules, groups with "data" in their names have no
+    draws, and the log-likelihood none of an event's dimensions.
+    """
+    xarray = pytest.importorskip("xarray")
+    sets = {}
+    for group, variables in data.items():
+        first = [] if "data" in group else ["chain", "draw"]
+        arrays = {}
+        for site, array in variables.items():
+            own = list((dims or {}).get(site, []))[: array.ndim - len(first)]
+            arrays[site] = xarray.DataArray(
+                array,
+                dims=[*first, *own],
+                coords={dim: coords[dim] for dim in own},
+            )
+        sets[f"/{group}"] = xarray.Dataset(arrays)
+    return xarray.DataTree.from_dict(sets)
+
+
+def test_the_next_major_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ArviZ 1.x takes the groups as one mapping, and returns a tree."""
+    fake = types.ModuleType("arviz")
+    fake.__version__ = "1.3.0"  # type: ignore[attr-defined]
+    fake.from_dict = from_dict_of_1  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "arviz", fake)
+    guide = AutoNormal(schools, init_scale=0.5)
+    tree = to_arviz(schools, guide, Y, num_samples=20, coords={"school": list("ABCDEFGH")})
+    assert set(tree.children) == {
+        *("posterior", "posterior_predictive", "log_likelihood", "observed_data", "prior")
+    }
+    posterior = tree["posterior"]
+    assert posterior["theta"].dims == ("chain", "draw", "school")
+    assert posterior["theta"].sel(school="H").shape == (1, 20)
+    assert tree["observed_data"]["y"].dims == ("school",)
+    np.testing.assert_array_equal(tree["observed_data"]["y"], Y)
+    assert tree["log_likelihood"]["y"].dims == ("chain", "draw", "school")
+    assert posterior.attrs["inference_library"] == "pyro_ardae"
 
 
 def test_arviz_is_imported_when_it_is_needed() -> None:

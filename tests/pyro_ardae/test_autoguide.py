@@ -183,9 +183,9 @@ def test_one_row_of_a_plate_stays_that_row() -> None:
 
     guide = AutoImplicit(model)
     guide()
-    rows = guide.posterior.d.rows
+    rows = guide.posterior.plate_d.rows
     loc = 10.0 * torch.randn(20, 2)
-    guide.posterior.d.init_loc_unconstrained.copy_(loc)
+    guide.posterior.plate_d.init_loc_unconstrained.copy_(loc)
     assert rows.shape == (20, 4 + 4)
     for _ in range(3):
         trace = poutine.trace(guide).get_trace()
@@ -366,7 +366,7 @@ def test_quantiles_of_many_rows_take_fewer_draws(monkeypatch: pytest.MonkeyPatch
     guide()
     counts = []
     draw = guide._draw
-    monkeypatch.setattr("pyro_ardae.autoguide._TABLE", 500_000)
+    monkeypatch.setattr("pyro_ardae.quantiles._TABLE", 500_000)
     monkeypatch.setattr(guide, "_draw", lambda n, *rest: counts.append(n) or draw(n, *rest))
     median = guide.median()["z"]
     assert counts == [500]
@@ -655,7 +655,7 @@ def test_subsample_by_the_caller(in_list: bool) -> None:
         index = torch.arange(start, min(25, start + 10))
         svi.step(data[:, index], index, full_size=25)
     part = guide if not in_list else guide[1]
-    moved = part.posterior.data.rows.detach()[:, : 2 * 4].abs().sum(-1)
+    moved = part.posterior.plate_data.rows.detach()[:, : 2 * 4].abs().sum(-1)
     assert bool((moved > 0).all())  # every row was somebody's
 
 

@@ -60,6 +60,16 @@ def sphere() -> None:
     pyro.sample("z", dist.VonMises3D(torch.tensor([1.0, 0.0, 0.0])))
 
 
+def bounds_of_a_latent() -> None:
+    width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+    pyro.sample("z", dist.Uniform(0.0, width))
+
+
+def bounds_of_a_subsample() -> None:
+    with pyro.plate("data", 100, subsample_size=3) as index:
+        pyro.sample("z", dist.Uniform(0.0, 1.0 + index))
+
+
 def index_from_outside(index: Tensor) -> None:
     with pyro.plate("data", 10, subsample=index):
         pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -176,6 +186,16 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "latent of one branch": (auto(a_latent_of_one_branch), ValueError, r"same latents.*\['w'\]"),
     "size that varies": (auto(a_size_that_varies), ValueError, r"same latents.*\['z'\]"),
+    "bounds of a latent": (
+        auto(bounds_of_a_latent),
+        ValueError,
+        r"site 'z': expected the same support in every run.*another latent.*width \* pyro.sample",
+    ),
+    "bounds of a subsample": (
+        auto(bounds_of_a_subsample),
+        ValueError,
+        "site 'z': expected the same support in every run.*subsample",
+    ),
     "sequential plate": (auto(sequential_plate), NotImplementedError, "sequential pyro.plate"),
     "sphere": (auto(sphere), ValueError, "spherical sample site 'z'.*ProjectedNormal"),
     "no latents": (auto(empty), RuntimeError, "found no latent variables"),

@@ -119,7 +119,7 @@ def test_against_the_gradient_written_out(
     model_trace = poutine.trace(poutine.replay(model, trace)).get_trace(x, batch_size)
     log_p = model_trace.log_prob_sum()
     log_q = torch.zeros(())
-    for group, local in (("globals", False), ("data", True)):
+    for group, local in (("globals", False), ("plate_data", True)):
         site = f"_AutoImplicit{'_data' if local else ''}_latent"
         y = trace.nodes[site]["value"]
         part = getattr(guide.posterior, group)

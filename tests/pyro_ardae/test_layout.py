@@ -16,6 +16,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to, kl_divergence
 
+from pyro_ardae import AutoImplicit
 from pyro_ardae.layout import Group, find_groups, point_mass
 from pyro_ardae.prototype import unconstrain
 
@@ -70,7 +71,37 @@ def test_globals_and_one_group_for_each_set_of_subsampled_plates() -> None:
     assert found[("d",)].full_rows == (N,)
     assert found[("e",)].full_rows == (M, 1, 1)
     assert found[("e", "d")].full_rows == (M, 1, N)
-    assert [group.name for group in found.values()] == ["globals", "d", "e", "e__d"]
+    assert [group.name for group in found.values()] == [
+        *("globals", "plate_d", "plate_e", "plate_e__d")
+    ]
+
+
+@pytest.mark.parametrize("name", ["train", "rows", "globals", "forward", "a plate!"])
+def test_a_plate_may_have_any_name(name: str) -> None:
+    """Also that of an attribute of a module, like ``train``."""
+
+    def model() -> None:
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate(name, 10, subsample_size=4):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = AutoImplicit(model)
+    assert guide()["z"].shape == (4,)
+    assert guide.sample_posterior(3)["z"].shape == (3, 10)
+    assert guide.train().posterior.training
+    again = AutoImplicit(model)
+    again()
+    again.load_state_dict(guide.state_dict())
+
+
+def test_plates_whose_names_cannot_be_told_apart() -> None:
+    def model() -> None:
+        for name in ("a b", "a_b"):
+            with pyro.plate(name, 10, subsample_size=4):
+                pyro.sample(f"z {name}", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"got \['a_b'\] and \['a b'\].*both 'a_b'. Rename"):
+        AutoImplicit(model)()
 
 
 def test_a_full_plate_is_local_where_asked_for() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pyro
@@ -88,6 +89,32 @@ def test_draws_one_by_one_have_the_same_shapes() -> None:
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.parametrize(
+    "prior",
+    [
+        dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0])).to_event(1),
+        dist.Dirichlet(torch.ones(3)),
+        dist.LKJCholesky(3),
+        dist.TransformedDistribution(
+            dist.Beta(1.0, 1.0), [dist.transforms.AffineTransform(-1.0, 2.0)]
+        ),
+    ],
+)
+def test_fixed_supports_are_no_error(prior: Any) -> None:
+    """The bounds may be tensors, made anew in every run."""
+    joint = UnconstrainedModel(lambda: pyro.sample("z", copy.deepcopy(prior)))
+    assert torch.isfinite(joint.log_joint(torch.zeros(2, joint.dim))).all()
+
+
+def test_the_random_stream_goes_on_as_after_one_run() -> None:
+    torch.manual_seed(0)
+    poutine.trace(local).get_trace(X)
+    expected = torch.rand(())
+    torch.manual_seed(0)
+    UnconstrainedModel(local, X)
+    assert torch.equal(torch.rand(()), expected)
+
+
 def test_scales_are_left_out() -> None:
     scaled = UnconstrainedModel(poutine.scale(local, 0.1), X)
     plain = UnconstrainedModel(local, X)
@@ -112,7 +139,18 @@ def test_errors() -> None:
         with pyro.plate("data", 10, subsample=torch.arange(4)):
             pyro.sample("x", dist.Normal(mu, 1.0), obs=torch.zeros(4))
 
+    def bounds() -> None:
+        low = pyro.sample("low", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Uniform(low, low + 1.0))
+
+    def one_of_two_rows() -> None:
+        width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+        upper = torch.stack([width, torch.ones(())])
+        pyro.sample("z", dist.Uniform(torch.zeros(2), upper).to_event(1))
+
     for model, message in (
+        (bounds, "site 'z': expected the same support in every run.*varies, of a Uniform"),
+        (one_of_two_rows, "site 'z': expected the same support.*varies, of a Independent"),
         (nothing, "expected a model with latent sites, got none"),
         (discrete, "site 'k': expected continuous latents, got a discrete Categorical"),
         (subsampled, "plate 'data': expected all data, got a subsample"),
