@@ -160,7 +160,7 @@ def _preset(env: str, agent: AgentName) -> Config:
     if env == "pyro_ardae/MultiGoal-v0":
         config = dataclasses.replace(
             config,
-            steps=20_000,
+            steps=10_000,
             learning_starts=1000,
             eval_every=1000,
             checkpoint_every=5000,
@@ -171,6 +171,8 @@ def _preset(env: str, agent: AgentName) -> Config:
             actor_learning_rate=1e-3,
             auto_alpha=False,
             alpha=0.1,  # at 0.3 a Gaussian's first step is wide enough for all four goals
+            alpha_start=4.0,
+            alpha_steps=5000,
         )
     return config
 
