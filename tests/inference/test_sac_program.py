@@ -22,7 +22,7 @@ import torch
 from inference.sac import seed_of
 from inference.sac_presets import PRESETS
 from tests.inference.conftest import ROOT, Program
-from tests.inference.test_programs import _assert_equal
+from tests.inference.test_programs import assert_equal
 
 #: Options that make a run tiny.
 SMALL = (
@@ -119,7 +119,7 @@ def test_resume_after_sigkill_bit_for_bit(agent: str, program: Program, tmp_path
     for state in states:
         state.pop("seconds")
     assert states[0]["agent"]["updates"] > 20
-    _assert_equal(*states)
+    assert_equal(*states)
 
 
 def test_bandit(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
