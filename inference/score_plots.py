@@ -158,14 +158,14 @@ def field(
 def fields_figure(train: Train) -> Figure:
     """Exact and learned fields: the ring, and the swiss roll without and with noise.
 
-    One AR-DAE for each target. That of the swiss roll is trained on levels of scale 0.5, so that
-    one network gives the rows of sigma = 0 and of sigma = 1.
+    One AR-DAE for each target. That of the swiss roll is trained on levels up to 1, so that one
+    network gives the rows of sigma = 0 and of sigma = 1.
     """
     figure, axes = _subplots(3, 2, 4.5, 4.5)
     pairs = iter(zip(axes[::2], axes[1::2], strict=True))
     for name, limit, delta, levels in (
         ("ring", 3.5, 0.2, (0.0,)),
-        ("swissroll", 6.0, 0.5, (0.0, 1.0)),
+        ("swissroll", 6.0, 1.0, (0.0, 1.0)),
     ):
         target = TARGETS[name]()
         assert isinstance(target, GaussianMixture)
@@ -223,7 +223,7 @@ def levels_figure(train: Train) -> Figure:
 
     The regular auto-encoders estimate the score of the smoothed target, whose error is the dotted
     line, with a network's error on top, which the one that is not residual divides by sigma
-    squared. AR-DAE learns on normal sigma of this scale, and is queried at sigma = 0.
+    squared. AR-DAE learns on sigma up to this one, and is queried at sigma = 0.
     """
     figure, (axes,) = _subplots(1, 1, 6, 4.5)
     target = TARGETS["mixture1"]()
