@@ -31,8 +31,7 @@ from torch import Tensor
 from inference import sac
 from inference.errors import UserError
 from inference.rollout import evaluate, wrap
-from inference.run import RunFolder
-from inference.sac_plots import read_metrics
+from inference.run import RunFolder, read_metrics
 from inference.sac_presets import PRESETS, TASKS, AgentName, Config
 
 __all__ = ["Learn", "bench_learn", "table"]
@@ -188,9 +187,7 @@ def table(runs: dict[tuple[str, str, int], Path]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for task, agent in dict.fromkeys(key[:2] for key in runs):
-        found: list[dict[str, Any]] = [
-            read_metrics(runs[k]) for k in runs if k[:2] == (task, agent)
-        ]
+        found = [read_metrics(runs[k]) for k in runs if k[:2] == (task, agent)]
         shown = []
         for name in ("eval_return", "eval_return_no_noise"):
             values = [metrics[name][-1] for metrics in found]

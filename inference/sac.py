@@ -33,7 +33,7 @@ from inference import sac_plots
 from inference.errors import UserError, user_errors
 from inference.replay import Replay
 from inference.rollout import Collector, Episode, evaluate, make_envs, record_episode
-from inference.run import RunFolder, keep_freed_memory, load_rng_state, rng_state
+from inference.run import RunFolder, keep_freed_memory, load_rng_state, read_metrics, rng_state
 from inference.sac_agent import Agent
 from inference.sac_presets import MAY_DIFFER, PRESETS, Config, build_policy, check
 from models.critics import TwinCritic
@@ -249,7 +249,7 @@ def run(config: Config) -> Path:
     train(training, folder)
     folder.close()
 
-    rows = sac_plots.read_metrics(path)
+    rows = read_metrics(path)
     tail = rows["eval_return"][-5:]
     results = {
         "steps": training.steps_done,

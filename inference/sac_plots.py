@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from inference import plots
-from inference.errors import user_errors
+from inference.errors import UserError, user_errors
 from inference.replay import Replay
 from inference.rollout import evaluate
 from inference.run import RunFolder, read_metrics

@@ -210,8 +210,8 @@ def error_against_sigma(
         exact = name.startswith("exact")
         style = {"color": "0.4", "linestyle": ":"} if exact else {"marker": "o", "markersize": 4}
         axes.plot(sigmas, errors, label=name, **style)
-    axes.set(xscale="log", yscale="log", xlabel="sigma (AR-DAE: its scale), in standard deviations")
-    axes.set(ylabel="relative error of the score")
+    axes.set(xlabel="sigma (AR-DAE: the largest), in standard deviations")
+    axes.set(xscale="log", yscale="log", ylabel="relative error of the score")
     axes.set_ylim(bottom=1e-4)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
