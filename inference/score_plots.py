@@ -96,7 +96,8 @@ def errors_figure(runs: Rows, reference: Mapping[str, float], draws: int) -> Fig
     colours = {name: f"C{index % 10}" for index, name in enumerate(names)}
     columns = min(4, len(reference))
     rows = -(-len(reference) // columns)
-    figure, axes = _subplots(rows, columns, 3.4, 2.8)
+    width = 13.6 / columns  # legend and title take the same room whatever the number of panels
+    figure, axes = _subplots(rows, columns, width, min(4.5, 0.82 * width))
     for one, (target, error) in zip(axes, reference.items(), strict=False):
         error_against_time(one, runs, target, reference=error, draws=draws, colours=colours)
     for one in axes[len(reference) :]:
