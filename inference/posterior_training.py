@@ -51,9 +51,11 @@ class Config:
     """Draws of the guide per step; the posterior's own number if left out: 256 in the plane, 32
     elsewhere."""
     learning_rate: float = 1e-2
-    """Step size of Adam for the normal, multivariate and implicit guides."""
+    """Step size of Adam for the normal and multivariate guides."""
     flow_learning_rate: float = 2e-3
     """Step size of Adam for the flows."""
+    implicit_learning_rate: float = 5e-3
+    """Step size of Adam for the implicit guide: slow enough for the score to follow."""
     decay_start: float = 0.3
     """Share of the run after which step sizes fall, along a cosine, to zero."""
     beta_start: float = 0.01
@@ -61,12 +63,14 @@ class Config:
     for every guide, ..."""
     beta_share: float = 0.4
     """... over this share of the run."""
-    gain: float = 0.1
-    """Implicit guide: speed at which its network departs from the noise, see AutoImplicit, whose
-    default is 0.4. For steps of one size on all posteriors, the lower one is the steadier."""
-    score_samples: int = 512
+    gain: float = 0.2
+    """Implicit guide: speed at which its network departs from the noise, see AutoImplicit."""
+    input_scale: float = 3.0
+    """Implicit guide: scale of the noise where it enters the network. Separated modes take a
+    network that turns sharply."""
+    score_samples: int = 1024
     """Implicit guide: draws by which the score is learned in a step."""
-    score_learning_rate: float = 4e-3
+    score_learning_rate: float = 8e-3
     """Implicit guide: step size of the score network."""
     draws: int = 4000
     """Draws of each guide that are compared."""
@@ -100,9 +104,11 @@ class Training:
         self.steps_done, self.seconds, self.beta = 0, 0.0, config.beta_start
         self.skipped = 0
         self.guide = self._guide(guide)
-        self.rate = config.learning_rate
-        if guide in ("iaf", "flow"):
-            self.rate = config.flow_learning_rate
+        rates = {
+            **dict.fromkeys(("iaf", "flow"), config.flow_learning_rate),
+            "implicit": config.implicit_learning_rate,
+        }
+        self.rate = rates.get(guide, config.learning_rate)
         self.loss: ELBO = self._loss()
         self.guide(*posterior.args)  # makes its parameters
         self.objective = self.loss(self._tempered, self.guide)
@@ -171,7 +177,12 @@ class Training:
         posterior = self.posterior
         if name != "implicit":
             return GUIDES[name](posterior.model, posterior.spread)
-        return AutoImplicit(posterior.model, init_scale=posterior.spread, gain=self.config.gain)
+        return AutoImplicit(
+            posterior.model,
+            init_scale=posterior.spread,
+            gain=self.config.gain,
+            input_scale=self.config.input_scale,
+        )
 
     def _loss(self) -> ELBO:
         config = self.config
