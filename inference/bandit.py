@@ -52,8 +52,8 @@ _CELLS = {1: 400, 2: 200}
 _POINTS = {1: 16, 2: 4}
 
 #: Factor on the temperature at first. Hotter than needed, one sign of the noise serves both modes
-#: (1d at 10: seed 1 at a KL of .2 to .3); weights that are products take less, too.
-ALPHA_START = {"1d": 3.0, "2d": 10.0, "6d": 4.0}
+#: (at 10, seed 1: a KL of .2 to .3 in 1d and 2d); weights that are products take less, too.
+ALPHA_START = {"1d": 3.0, "2d": 5.0, "6d": 4.0}
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,7 @@ def build_score_estimator(config: Config) -> Callable[[int, int], ScoreEstimator
     return partial(
         AdversarialScore if config.guide == "avb" else ARDAE,
         hidden_dim=config.score_hidden_dim,
+        depth=config.score_depth,
         learning_rate=config.score_learning_rate,
         num_folds=config.score_folds,
         num_steps=config.score_steps,

@@ -129,6 +129,8 @@ class Config:
     slower than the rest."""
     score_hidden_dim: int = 48
     """Guides without a density: width of the network of the score, or of AVB's discriminator."""
+    score_depth: int = 4
+    """Implicit guide: hidden layers of the score network."""
     score_learning_rate: float = 4e-3
     """Guides without a density: its step size."""
     score_folds: int = 4

@@ -44,6 +44,8 @@ _TOY = Config(
     decay_steps=2500,
     noise_dim=10,
     gaussian_base=False,
+    score_hidden_dim=64,
+    score_depth=3,
     score_learning_rate=8e-3,
     score_folds=8,
     num_score_samples=32,
@@ -101,7 +103,7 @@ _GUIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "implicit": ("implicit guide", _SCORE),
     "hierarchical-implicit": ("hierarchical implicit guide", _SCORE),
     "sivi": ("semi-implicit guide (SIVI)", {}),
-    "avb": ("implicit guide by adversarial variational Bayes", _SCORE),
+    "avb": ("implicit guide by adversarial variational Bayes", {**_SCORE, "score_depth": 3}),
 }
 
 #: What was measured, by preset.
@@ -219,8 +221,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "gain": (*_DEVIATING, "fullcov"),
     **dict.fromkeys(
         (
-            *("score_hidden_dim", "score_learning_rate", "score_folds", "score_whitening"),
-            *("score_steps", "num_score_samples", "num_score_updates"),
+            *("score_hidden_dim", "score_depth", "score_learning_rate", "score_folds"),
+            *("score_whitening", "score_steps", "num_score_samples", "num_score_updates"),
         ),
         SCORED,
     ),
