@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -81,30 +80,17 @@ class AdversarialScore(WhitenedEstimator):
             max_age=max_age,
         )
 
-    def _log_odds(self, weights: Tensor, w: Tensor, features: Tensor) -> Tensor:
-        """T at ``w [n, B, D]``: ``[n, B]``."""
-        return -self.network.energy(weights, w, torch.zeros_like(w[..., :1]), features)
-
-    def _cross_entropy(
-        self, weights: Tensor, w: Tensor, contrast: Tensor, features: Tensor
-    ) -> Tensor:
-        of_q, of_r = self._log_odds(weights, torch.cat([w, contrast]), features).split(len(w))
-        return F.softplus(-of_q).mean() + F.softplus(of_r).mean()
-
     def _loss(
         self, w: Tensor, features: Tensor, base: Student | Reference
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the discriminator: 2 log 2 where the two cannot be told apart."""
-        contrast = base.sample(w.shape, w)
-        with torch.enable_grad():
-            weights = self.weights.detach().requires_grad_()
-            loss = self._cross_entropy(weights, w, contrast, features)
-            (gradient,) = torch.autograd.grad(loss, weights)
-        return loss.detach(), gradient
+        return self.network.ratio_loss(self.weights, w, base.sample(w.shape, w), features)
 
     def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:
         contrast = base.sample(w.shape, w)
-        slow, fast = (self._cross_entropy(a, w, contrast, features) for a in self.averages)
+        slow, fast = (
+            self.network.ratio_loss(average, w, contrast, features)[0] for average in self.averages
+        )
         return slow - fast
 
     @torch.no_grad()
@@ -118,5 +104,5 @@ class AdversarialScore(WhitenedEstimator):
     ) -> Float[Tensor, "N *batch"]:
         r""":math:`T + \log r`, the log-density if the discriminator is optimal."""
         frame, w, features = self._query(value, samples, context, center)
-        result = self._log_odds(self.averaged, w, features) + frame.base.log_prob(w)
-        return (result + frame.log_abs_det()).reshape(value.shape[:-1])
+        energy = self.network.energy(self.averaged, w, torch.zeros_like(w[..., :1]), features)
+        return (frame.log_base(w) - energy).reshape(value.shape[:-1])

@@ -26,7 +26,6 @@ With a factorized bandit (6d) ``kl`` is the mean over coordinates, and ``smalles
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import time
@@ -39,7 +38,7 @@ import tyro
 from torch import Tensor
 
 from inference.errors import UserError, user_errors
-from inference.run import keep_freed_memory
+from inference.run import keep_freed_memory, write_csv
 from inference.sac_agent import Agent
 from inference.sac_policy import ImplicitPolicy
 from inference.sac_presets import AgentName, Config, build_policy
@@ -250,10 +249,8 @@ def _run(options: Options) -> None:
                     )
                     print(", ".join(shown), flush=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with (options.out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    lines = ([row.get(column, "") for column in columns] for row in rows)
+    write_csv(options.out / "results.csv", columns, lines)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ of its ``eval_return_no_noise``.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import shutil
 import statistics
@@ -30,8 +29,8 @@ from torch import Tensor
 
 from inference import sac
 from inference.errors import UserError
-from inference.rollout import evaluate, wrap
-from inference.run import RunFolder, read_metrics
+from inference.rollout import Episode, evaluate, return_figures, wrap
+from inference.run import RunFolder, read_metrics, write_csv
 from inference.sac_presets import PRESETS, TASKS, AgentName, Config
 
 __all__ = ["Learn", "bench_learn", "table"]
@@ -140,27 +139,19 @@ def _learn_sb3(config: Config, path: Path) -> None:
     )
     started = time.perf_counter()
 
-    def play(noise: bool) -> Tensor:
+    def play(noise: bool) -> list[Episode]:
         def act(obs: Tensor) -> Tensor:
             return torch.from_numpy(model.predict(obs.numpy(), deterministic=not noise)[0])
 
         seed = sac.seed_of(config.seed, "evaluation", model.num_timesteps)
-        played = evaluate(config.env, act, episodes=config.eval_episodes, seed=seed)
-        return torch.tensor([episode.value for episode in played], dtype=torch.float64)
+        return evaluate(config.env, act, episodes=config.eval_episodes, seed=seed)
 
     class Evaluations(BaseCallback):
         def _on_step(self) -> bool:
             if self.num_timesteps % config.eval_every and self.num_timesteps < config.steps:
                 return True
-            noisy, still = play(noise=True), play(noise=False)
-            row = {
-                "step": self.num_timesteps,
-                "seconds": time.perf_counter() - started,
-                "eval_return": float(noisy.mean()),
-                "eval_return_std": float(noisy.std(correction=0)),
-                "eval_return_no_noise": float(still.mean()),
-                "eval_return_no_noise_std": float(still.std(correction=0)),
-            }
+            row = return_figures(play(noise=True), play(noise=False))
+            row |= {"step": self.num_timesteps, "seconds": time.perf_counter() - started}
             folder.log(row)
             print(f"sb3 step {row['step']}: return {row['eval_return']:.1f}", flush=True)
             return True
@@ -171,13 +162,12 @@ def _learn_sb3(config: Config, path: Path) -> None:
 
 
 def _write(path: Path, runs: dict[tuple[str, str, int], Path]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "agent", "seed", *COLUMNS])
-        for key, run in runs.items():
-            metrics = read_metrics(run)
-            for row in zip(*(metrics[name] for name in COLUMNS), strict=True):
-                writer.writerow([*key, int(row[0]), *row[1:]])
+    rows: list[list[object]] = []
+    for key, run in runs.items():
+        metrics = read_metrics(run)
+        for step, *values in zip(*(metrics[name] for name in COLUMNS), strict=True):
+            rows.append([*key, int(step), *values])
+    write_csv(path, ("task", "agent", "seed", *COLUMNS), rows)
 
 
 def table(runs: dict[tuple[str, str, int], Path]) -> str:

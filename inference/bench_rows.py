@@ -8,33 +8,36 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import pyro
 import torch
 from torch import Tensor
 
+from inference.data import Dataset
 from inference.errors import UserError
 from inference.precision import process_precision
 from inference.presets import PRESETS, Config
 from inference.vae import Training
 from pyro_ardae import TraceImplicit_ELBO
 
-__all__ = ["bench_rows", "describe_rows"]
+__all__ = ["Clock", "bench_rows", "describe_rows", "step_times"]
+
+Clock = Literal["wall", "cpu"]
 
 
 class _Stopwatch:
-    """Time so far: of this process on a CPU, where others compete for it; of the device else."""
+    """Wall-clock time so far, or this process's CPU time; a GPU is waited for."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, clock: Clock) -> None:
         self.cuda = device.startswith("cuda")
+        self.clock = time.perf_counter if clock == "wall" else time.process_time
 
     def __call__(self) -> float:
-        if not self.cuda:
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return self.clock()
 
 
 class _Fixed:
@@ -54,9 +57,8 @@ class _Fixed:
 class _Row:
     """A preset in training, and the time that its score estimators took."""
 
-    def __init__(self, name: str, config: Config, clock: _Stopwatch) -> None:
+    def __init__(self, name: str, config: Config, data: Dataset, clock: _Stopwatch) -> None:
         self.clock, self.score_seconds = clock, 0.0
-        data = _Fixed(config.batch_size, config.device)
         self.training = Training(config, data, name=name)
         self.training.step()  # builds the estimators
         loss = self.training.loss
@@ -80,6 +82,46 @@ class _Row:
         start = self.clock()
         self.training.step()
         return self.clock() - start, self.score_seconds
+
+
+def step_times(
+    configs: Mapping[str, Config],
+    data_of: Callable[[Config], Dataset],
+    *,
+    steps: int,
+    warmup: int,
+    clock: Clock,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    """Medians over training steps of runs that take turns in one process, in milliseconds.
+
+    What counts as the score is the estimators' own work, their updates and queries; draws that the
+    guide makes for them count as the model's. On a GPU the clock waits for both ends of each, which
+    makes a step a little longer than in training.
+
+    :param configs: options by name; all of one device.
+    :param data_of: the data of a run.
+    :param int steps: timed steps of each.
+    :param int warmup: steps of each before the clock runs.
+    :param str clock: ``"wall"``, or ``"cpu"`` for this process's CPU time.
+    :param int seed: seed of weights, data and noise.
+    :returns: by name all of a step, and what the score estimators take of it.
+    """
+    rows: dict[str, _Row] = {}
+    for name, config in configs.items():
+        process_precision(config.device, tf32=config.tf32)
+        pyro.set_rng_seed(seed)
+        rows[name] = _Row(name, config, data_of(config), _Stopwatch(config.device, clock))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+    for index in range(warmup + steps):
+        for name, row in rows.items():
+            taken = row.step()
+            if index >= warmup:
+                times[name].append(taken)
+    return {
+        name: (1e3 * statistics.median(whole), 1e3 * statistics.median(score))
+        for name, (whole, score) in ((n, zip(*taken, strict=True)) for n, taken in times.items())
+    }
 
 
 def bench_rows(
@@ -109,22 +151,18 @@ def bench_rows(
     unknown = [name for name in rows if name not in known]
     if unknown:
         raise UserError(f"--rows: expected MNIST presets, found {', '.join(unknown)}")
-    clock, runs = _Stopwatch(device), {}
     options = {"batch_size": batch_size, "precision": precision, "device": device, "seed": seed}
-    for name in rows:
-        config = dataclasses.replace(PRESETS[name][1], **options)
-        process_precision(device, tf32=config.tf32)
-        pyro.set_rng_seed(seed)
-        runs[name] = _Row(name, config, clock)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
-    for index in range(warmup + steps):
-        for name, row in runs.items():
-            taken = row.step()
-            if index >= warmup:
-                times[name].append(taken)
+    times = step_times(
+        {name: dataclasses.replace(PRESETS[name][1], **options) for name in rows},
+        lambda config: _Fixed(config.batch_size, config.device),
+        steps=steps,
+        warmup=warmup,
+        # On a CPU, others compete for it.
+        clock="wall" if device.startswith("cuda") else "cpu",
+        seed=seed,
+    )
     figures: dict[str, Any] = {"rows": {}, "batch_size": batch_size, "precision": precision}
-    for name, taken in times.items():
-        total, score = (1e3 * statistics.median(values) for values in zip(*taken, strict=True))
+    for name, (total, score) in times.items():
         figures["rows"][name] = {"ms": total, "score_ms": score}
     for name, of_row in figures["rows"].items():
         gaussian = f"{PRESETS[name][1].task}-gaussian"

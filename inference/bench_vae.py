@@ -21,17 +21,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import pyro
-import torch
 import tyro
 
+from inference.bench_rows import Clock, step_times
 from inference.bench_vae_table import STEP_COLUMNS, collect, read_steps, table, write_results
 from inference.errors import UserError
 from inference.evaluate import describe_tight, evaluate_tight, restore
@@ -39,10 +36,9 @@ from inference.posterior_table import write
 from inference.presets import PRESETS, Config, build_data
 from inference.run import RunFolder
 from inference.tight import Tight, load
-from inference.vae import Training, run
-from pyro_ardae import TraceImplicit_ELBO
+from inference.vae import run
 
-__all__ = ["Vae", "bench_vae", "step_times"]
+__all__ = ["Vae", "bench_vae"]
 
 #: Share of the budget that training steps may take; the rest is for validations.
 STEP_SHARE = 0.9
@@ -72,7 +68,7 @@ class Vae:
     """Timed training steps of each row."""
     warmup: int = 10
     """Steps of each before the clock runs."""
-    clock: Literal["wall", "cpu"] = "wall"
+    clock: Clock = "wall"
     """What times the steps: wall-clock time, or this process's CPU time, which on one thread is the
     wall-clock of an idle core. With "cpu" a run takes its number of steps however long they last,
     so that runs on a busy machine can be compared."""
@@ -84,69 +80,21 @@ class Vae:
     """Options of annealed importance sampling."""
 
 
-def step_times(options: Vae) -> dict[str, dict[str, float]]:
-    """Medians over the steps of each row in milliseconds: all, in the score estimators, the rest.
-
-    What counts as the score is the estimators' own work, their updates and queries; draws that the
-    guide makes for them count as the model's. On a GPU the clock waits for both ends of each, which
-    makes a step a little longer than in training.
-    """
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
-    trainings: dict[str, Training] = {}
-    for row in options.rows:
-        config = dataclasses.replace(
-            PRESETS[row][1], device=options.device, data_dir=options.data_dir
-        )
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        trainings[row] = Training(config, build_data(config))
-        trainings[row].vae.name = row  # of its parameters in Pyro's store, which all share
-    spent = dict.fromkeys(options.rows, 0.0)
-    times: dict[str, list[tuple[float, float]]] = {row: [] for row in options.rows}
-    for index in range(options.warmup + options.timed_steps):
-        for row, training in trainings.items():
-            if index == 1 and isinstance(training.loss, TraceImplicit_ELBO):
-                # The first step has built the estimators.
-                for estimator in training.loss.estimators.values():
-                    for name in ("update", "forward"):
-                        own = getattr(estimator, name)
-                        setattr(estimator, name, _timed(own, row, spent, clock, options.device))
-            spent[row] = 0.0
-            _wait(options.device)
-            start = clock()
-            training.step()
-            _wait(options.device)
-            if index >= options.warmup:
-                times[row].append((clock() - start, spent[row]))
-    result = {}
-    for row, pairs in times.items():
-        step = 1e3 * statistics.median(whole for whole, _ in pairs)
-        score = 1e3 * statistics.median(part for _, part in pairs)
-        result[row] = {"step_ms": step, "model_ms": step - score, "score_ms": score}
-    return result
-
-
-def _timed(
-    function: Callable[..., Any],
-    row: str,
-    spent: dict[str, float],
-    clock: Callable[[], float],
-    device: str,
-) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        _wait(device)
-        start = clock()
-        result = function(*args, **kwargs)
-        _wait(device)
-        spent[row] += clock() - start
-        return result
-
-    return call
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def _step_times(options: Vae) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step of each row: all, in the score estimators, the rest."""
+    changes = {"device": options.device, "data_dir": options.data_dir}
+    times = step_times(
+        {row: dataclasses.replace(PRESETS[row][1], **changes) for row in options.rows},
+        build_data,
+        steps=options.timed_steps,
+        warmup=options.warmup,
+        clock=options.clock,
+        seed=0,
+    )
+    return {
+        row: {"step_ms": step, "model_ms": step - score, "score_ms": score}
+        for row, (step, score) in times.items()
+    }
 
 
 def bench_vae(options: Vae) -> Path:
@@ -169,7 +117,7 @@ def bench_vae(options: Vae) -> Path:
     missing = tuple(row for row in options.rows if row not in steps)
     if missing:
         # All rows again: only figures of one process can be compared.
-        steps |= step_times(options)
+        steps |= _step_times(options)
         write(path, {(row,): figures for row, figures in steps.items()}, STEP_COLUMNS)
     for row in options.rows:
         print("{}: {step_ms:.2f} ms a step, {score_ms:.2f} of it score".format(row, **steps[row]))

@@ -17,7 +17,6 @@ the RunFolder's ``config.json``, ``command.txt``, ``versions.json``, ``metrics.c
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import time
@@ -39,7 +38,7 @@ from inference.energy_presets import PRESETS, Config, Guide, check
 from inference.energy_report import draw, table
 from inference.errors import UserError, user_errors
 from inference.optim import TorchOptim
-from inference.run import RunFolder
+from inference.run import RunFolder, write_csv
 from models.energies import ENERGIES, log_normalizer
 from models.networks import ACTIVATIONS
 from models.unconditional import FlowPosterior, GaussianPosterior, ImplicitPosterior, slope
@@ -228,10 +227,7 @@ def run(config: Config) -> Path:
             rows.append(row)
             if seed == config.seeds[0]:
                 histograms.append((guide, counts))
-    with (out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "results.csv", [*rows[0]], (row.values() for row in rows))
     print(table(config, rows))
     figure = plots.save(draw(config, histograms), out / "samples.png")
     print(f"\nresults {out / 'results.csv'}, figure {figure}")

@@ -30,7 +30,15 @@ from inference.errors import UserError, user_errors
 from inference.precision import full_precision
 from inference.presets import Config, build_data, build_vae
 from inference.run import RunFolder
-from inference.tight import Tight, load, paired, save, summary, tight_evaluation
+from inference.tight import (
+    POINTS_AT_ONCE,
+    Tight,
+    load,
+    paired,
+    save,
+    summary,
+    tight_evaluation,
+)
 from models import toy
 from models.vae import VAE
 from pyro_ardae.evaluate import elbo, fitted_gaussian_log_marginal, log_marginal_from_guide
@@ -45,9 +53,6 @@ __all__ = [
     "main",
     "restore",
 ]
-
-#: Data points whose importance samples are taken at once: bounds the memory.
-POINTS_AT_ONCE = 100
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from inference.errors import UserError
+from inference.run import write_csv
 
 __all__ = ["COLUMNS", "FLOOR", "MOMENTS", "Key", "Row", "read", "table", "write"]
 
@@ -62,17 +62,12 @@ def write(path: Path, rows: Mapping[Any, Row], columns: Sequence[str]) -> None:
 
     :raises UserError: if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}")
-    try:
-        with partial.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            for key, row in rows.items():
-                values = (row[name] for name in columns[len(key) :])
-                writer.writerow([*key, *("" if math.isnan(v) else f"{v:.6g}" for v in values)])
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: expected a writable file, found: {error}") from None
+
+    def line(key: Any, row: Row) -> list[Any]:
+        values = (row[name] for name in columns[len(key) :])
+        return [*key, *("" if math.isnan(v) else f"{v:.6g}" for v in values)]
+
+    write_csv(path, columns, (line(key, row) for key, row in rows.items()))
 
 
 def table(rows: Mapping[Key, Row], moments: Mapping[Any, Row], seconds: float, clock: str) -> str:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,15 @@ import models.environments  # noqa: F401 (registers them)
 from inference.errors import UserError
 from inference.replay import Batch
 
-__all__ = ["Collector", "Episode", "evaluate", "make_envs", "record_episode", "wrap"]
+__all__ = [
+    "Collector",
+    "Episode",
+    "evaluate",
+    "make_envs",
+    "record_episode",
+    "return_figures",
+    "wrap",
+]
 
 #: Actions ``[B, D]`` in (-1, 1) for observations ``[B, obs_dim]``.
 Act = Callable[[Tensor], Tensor]
@@ -241,6 +249,19 @@ def evaluate(
                     found.append(episode)
         collector.envs.close()
     return found
+
+
+def return_figures(noisy: Sequence[Episode], still: Sequence[Episode]) -> dict[str, float]:
+    """Mean and standard deviation of the returns, with noise and without, as metrics.csv has them.
+
+    :param Sequence[Episode] noisy: episodes of the policy.
+    :param Sequence[Episode] still: episodes of the policy without its noise.
+    """
+    row: dict[str, float] = {}
+    for name, episodes in (("eval_return", noisy), ("eval_return_no_noise", still)):
+        values = torch.tensor([episode.value for episode in episodes], dtype=torch.float64)
+        row |= {name: float(values.mean()), f"{name}_std": float(values.std(correction=0))}
+    return row
 
 
 def record_episode(env_id: str, act: Act, path: Path, *, seed: int, device: str = "cpu") -> Path:

@@ -26,7 +26,7 @@ import platform
 import random
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,14 @@ import torch
 
 from inference.errors import UserError
 
-__all__ = ["RunFolder", "keep_freed_memory", "load_rng_state", "read_metrics", "rng_state"]
+__all__ = [
+    "RunFolder",
+    "keep_freed_memory",
+    "load_rng_state",
+    "read_metrics",
+    "rng_state",
+    "write_csv",
+]
 
 PACKAGES = ("torch", "pyro-ppl", "numpy", "matplotlib", "tyro")
 
@@ -175,12 +182,9 @@ class RunFolder:
         path = self.path / "metrics.csv"
         with path.open(newline="") as file:
             header, *rows = csv.reader(file)
-        partial = self.path / ".metrics.csv"
-        with partial.open("w", newline="") as file:
-            # A row cut short by the kill is dropped too.
-            kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]
-            csv.writer(file).writerows([header, *kept])
-        os.replace(partial, path)
+        # A row cut short by the kill is dropped too.
+        kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]
+        write_csv(path, header, kept)
 
     def checkpoint(self, name: str) -> Path:
         """The path of a checkpoint."""
@@ -204,6 +208,22 @@ class RunFolder:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: expected a checkpoint, found: {reason}") from None
         return state
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table anew, atomically.
+
+    :raises UserError: if it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}")
+    try:
+        with partial.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(rows)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: expected a writable file, found: {error}") from None
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:

@@ -32,7 +32,14 @@ from tqdm import tqdm
 from inference import sac_plots
 from inference.errors import UserError, user_errors
 from inference.replay import Replay
-from inference.rollout import Collector, Episode, evaluate, make_envs, record_episode
+from inference.rollout import (
+    Collector,
+    Episode,
+    evaluate,
+    make_envs,
+    record_episode,
+    return_figures,
+)
 from inference.run import RunFolder, keep_freed_memory, load_rng_state, read_metrics, rng_state
 from inference.sac_agent import Agent
 from inference.sac_presets import MAY_DIFFER, PRESETS, Config, build_policy, check
@@ -121,16 +128,9 @@ class Training:
 
     def evaluate(self) -> dict[str, float]:
         """Plays episodes apart from training, with and without noise; part of a row."""
-        noisy, still = self.play(noise=True), self.play(noise=False)
-        values, lengths = _column(noisy, "value"), _column(noisy, "length")
-        without = _column(still, "value")
-        row = {
-            "eval_return": float(values.mean()),
-            "eval_return_std": float(values.std(correction=0)),
-            "eval_length": float(lengths.mean()),
-            "eval_return_no_noise": float(without.mean()),
-            "eval_return_no_noise_std": float(without.std(correction=0)),
-        }
+        noisy = self.play(noise=True)
+        row = return_figures(noisy, self.play(noise=False))
+        row["eval_length"] = sum(episode.length for episode in noisy) / len(noisy)
         if self.config.env == MULTI_GOAL:
             reached = [MultiGoal.reached(episode.last_obs.numpy()) for episode in noisy]
             row |= {f"goal_{i}": reached.count(i) / len(reached) for i in range(4)}
@@ -158,10 +158,6 @@ def seed_of(run_seed: int, purpose: str, step: int) -> int:
     """A seed for one purpose at one step, unrelated to that of any other."""
     key = [run_seed, *purpose.encode(), step]
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
-
-
-def _column(episodes: list[Episode], name: str) -> Tensor:
-    return torch.tensor([getattr(episode, name) for episode in episodes], dtype=torch.float64)
 
 
 def train(training: Training, folder: RunFolder) -> None:

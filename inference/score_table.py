@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from inference.errors import UserError
+from inference.run import write_csv
 
 __all__ = ["COLUMNS", "EXACT", "Key", "Row", "Rows", "final", "read", "table", "write"]
 
@@ -57,16 +57,10 @@ def write(path: Path, runs: Rows) -> None:
 
     :raises UserError: if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}")
-    try:
-        with partial.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for key, rows in runs.items():
-                writer.writerows([*key, *(f"{row[name]:.6g}" for name in row)] for row in rows)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: expected a writable file, found: {error}") from None
+    lines = (
+        [*key, *(f"{row[name]:.6g}" for name in row)] for key, rows in runs.items() for row in rows
+    )
+    write_csv(path, COLUMNS, lines)
 
 
 def final(runs: Rows, estimator: str, target: str, column: str, draws: int) -> list[float]:

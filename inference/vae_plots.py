@@ -10,7 +10,6 @@ guide's posterior of single test images beside the true one by quadrature, and t
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from inference.evaluate import restore
 from inference.plane_posterior import PlanePosterior, plane_posterior
 from inference.precision import full_precision
 from inference.presets import Config, build_data
-from inference.run import read_metrics
+from inference.run import read_metrics, write_csv
 from models.vae import VAE
 
 __all__ = ["log_px_curves", "main", "model_figure", "posterior_figure", "traversals"]
@@ -172,12 +171,12 @@ def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Pa
         with full_precision(vae):  # rounding to bf16 makes ragged contours
             found[run] = [plane_posterior(vae, row, num_draws=options.draws) for row in x.split(1)]
     path = options.out / "posteriors.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", "image", "kl", "log_px"])
-        for run, ones in found.items():
-            for index, one in enumerate(ones):
-                writer.writerow([run.name, index, f"{one.kl:.5f}", f"{one.log_px:.5f}"])
+    lines = (
+        [run.name, index, f"{one.kl:.5f}", f"{one.log_px:.5f}"]
+        for run, ones in found.items()
+        for index, one in enumerate(ones)
+    )
+    write_csv(path, ("run", "image", "kl", "log_px"), lines)
     for run, ones in found.items():
         kl = torch.tensor([one.kl for one in ones], dtype=torch.double)
         error = kl.std() / len(kl) ** 0.5

@@ -29,8 +29,21 @@ class GaussianGuide(nn.Module):
         self.loc = nn.Linear(feature_dim, latent_dim)
         self.log_scale = nn.Linear(feature_dim, latent_dim)
 
+    def moments(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and scale, ``[*batch, latent_dim]`` each."""
+        return self.loc(features), self.log_scale(features).exp()
+
+    def place(self, features: Tensor, deviation: Implicit) -> dist.TorchDistribution:
+        """An implicit distribution in units of this Normal.
+
+        Location and scale as a transform: their part of the entropy's gradient is exact and free
+        of noise, as a Normal's is, and the score has to be learned for the deviation alone.
+        """
+        affine = dist.transforms.AffineTransform(*self.moments(features), event_dim=1)
+        return dist.TransformedDistribution(deviation, [affine], validate_args=False)
+
     def forward(self, features: Tensor) -> dist.TorchDistribution:
-        loc, scale = self.loc(features), self.log_scale(features).exp()
+        loc, scale = self.moments(features)
         return dist.Normal(loc, scale, validate_args=False).to_event(1)
 
 
@@ -57,7 +70,7 @@ class FullCovarianceGuide(nn.Module):
         nn.init.zeros_(self.factor.bias)
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
-        loc, scale = self.base.loc(features), self.base.log_scale(features).exp()
+        loc, scale = self.base.moments(features)
         dim = loc.shape[-1]
         factor = loc.new_zeros(*loc.shape[:-1], dim * dim)
         factor = factor.index_copy(-1, self.below, self.gain * self.factor(features))
@@ -132,13 +145,7 @@ class ImplicitGuide(nn.Module):
         # the sampler: Implicit would hand it one copy of the features for each draw.
         sampler = partial(self._sample, projected=self.net.project(features))
         implicit = Implicit(sampler, self.noise_dim, features, (self.latent_dim,))
-        if self.base is None:
-            return implicit
-        # Loc and scale as a transform: their part of the entropy's gradient is exact and free of
-        # noise, as a Normal's is, and the score has to be learned for the deviation alone.
-        loc, scale = self.base.loc(features), self.base.log_scale(features).exp()
-        affine = dist.transforms.AffineTransform(loc, scale, event_dim=1)
-        return dist.TransformedDistribution(implicit, [affine], validate_args=False)
+        return implicit if self.base is None else self.base.place(features, implicit)
 
     def _sample(self, noise: Tensor, _features: Tensor, *, projected: Tensor) -> Tensor:
         """Noise ``[*sample, B, noise_dim]`` to draws ``[*sample, B, latent_dim]``."""

@@ -84,25 +84,21 @@ class HierarchicalGuide(nn.Module):
         :param Tensor auxiliary: :math:`z_0`, ``[*sample, *batch, A]``.
         """
         loc, scale = self._inner(auxiliary, self.net.project(features))
-        base_loc, base_scale = self.base.loc(features), self.base.log_scale(features).exp()
+        base_loc, base_scale = self.base.moments(features)
         loc = torch.addcmul(base_loc, base_scale, loc)
         return dist.Normal(loc, base_scale * scale, validate_args=False).to_event(1)
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         """The marginal of z."""
-        of_auxiliary = self.auxiliary(features).base_dist
+        loc, scale = self.auxiliary.moments(features)
         padding = (0, self.latent_dim)
         noise = dist.Normal(
-            nn.functional.pad(of_auxiliary.loc, padding),
-            nn.functional.pad(of_auxiliary.scale, padding, value=1.0),
+            nn.functional.pad(loc, padding),
+            nn.functional.pad(scale, padding, value=1.0),
             validate_args=False,
         ).to_event(1)
         sampler = partial(self._sample, projected=self.net.project(features))
-        implicit = Implicit(sampler, noise, features, (self.latent_dim,))
-        # As in ImplicitGuide: the entropy of location and scale is exact.
-        loc, scale = self.base.loc(features), self.base.log_scale(features).exp()
-        affine = dist.transforms.AffineTransform(loc, scale, event_dim=1)
-        return dist.TransformedDistribution(implicit, [affine], validate_args=False)
+        return self.base.place(features, Implicit(sampler, noise, features, (self.latent_dim,)))
 
     def _sample(self, noise: Tensor, _features: Tensor, *, projected: Tensor) -> Tensor:
         auxiliary, own = noise.split([self.auxiliary_dim, self.latent_dim], -1)

@@ -215,7 +215,7 @@ class ARDAE(WhitenedEstimator):
             return super().log_prob(value, samples, context)
         frame, w, features = self._query(value, samples, context, center)
         energy = self.network.energy(self.averaged, w, w.new_zeros(*w.shape[:-1], 1), features)
-        result = frame.base.log_prob(w) - energy + frame.log_abs_det()
+        result = frame.log_base(w) - energy
         if self.num_normalizer_samples:
             result = result - self._log_z(frame.base, w, features, self.num_normalizer_samples)
         return result.reshape(value.shape[:-1])
@@ -268,8 +268,7 @@ class ARDAE(WhitenedEstimator):
         level = w.new_zeros(*w.shape[:-1], 1)
         energy, r = self.network.energy_and_field(self.averaged, w, level, features)
         score = frame.pull_back(r + frame.base.score(w)).reshape(value.shape)
-        log_prob = frame.base.log_prob(w) - energy + frame.log_abs_det()
-        return score, log_prob.reshape(value.shape[:-1])
+        return score, (frame.log_base(w) - energy).reshape(value.shape[:-1])
 
     def _normalizer_draws(
         self, base: Student, w: Tensor, count: int

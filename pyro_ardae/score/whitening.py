@@ -56,6 +56,10 @@ class Frame(NamedTuple):
         """``[..., B]``: log |det A|."""
         return torch.linalg.slogdet(self.unmix)[1] - self.scale.log().sum(-1).squeeze(-2)
 
+    def log_base(self, w: Tensor) -> Tensor:
+        """Log density of the base, but in z: ``w [..., n, B, D]`` to ``[..., n, B]``."""
+        return self.base.log_prob(w) + self.log_abs_det()
+
     def features(self) -> Tensor:
         """``[..., B, 2 D]``: what the network is told of the frame."""
         return torch.cat([self.mean, self.scale.log()], -1).squeeze(-3)

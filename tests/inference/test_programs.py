@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from inference.presets import PRESETS
-from tests.inference.conftest import ROOT, TINY, Program
+from tests.inference.conftest import ROOT, TINY, Program, assert_equal
 
 
 @pytest.mark.parametrize("name", ["vae", "evaluate", "demo", "bench"])
@@ -105,24 +105,6 @@ def test_resume_after_sigkill_bit_for_bit(
         state.pop("seconds")
     assert_equal(*states)
     assert len((killed / "command.txt").read_text().splitlines()) == 2
-
-
-def assert_equal(one: object, other: object, path: str = "state") -> None:
-    if isinstance(one, torch.Tensor):
-        assert isinstance(other, torch.Tensor), path
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert isinstance(other, dict), path
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_equal(one[key], other[key], f"{path}[{key!r}]")
-    elif isinstance(one, list | tuple):
-        assert isinstance(other, list | tuple), path
-        assert len(one) == len(other), path
-        for index, (left, right) in enumerate(zip(one, other, strict=True)):
-            assert_equal(left, right, f"{path}[{index}]")
-    else:
-        assert one == other, path
 
 
 def test_budget_stops_training(program: Program, tmp_path: Path) -> None:

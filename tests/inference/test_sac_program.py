@@ -21,8 +21,7 @@ import torch
 
 from inference.sac import seed_of
 from inference.sac_presets import PRESETS
-from tests.inference.conftest import ROOT, Program
-from tests.inference.test_programs import assert_equal
+from tests.inference.conftest import ROOT, Program, assert_equal
 
 #: Options that make a run tiny.
 SMALL = (

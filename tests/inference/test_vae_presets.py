@@ -20,8 +20,7 @@ from inference.presets import PAPER_PRESETS, PRESETS, build_data, build_loss, bu
 from inference.surrogate import surrogate_loss
 from inference.vae import Training
 from pyro_ardae import TraceImplicit_ELBO
-from tests.inference.conftest import TINY, Program
-from tests.inference.test_programs import assert_equal
+from tests.inference.conftest import TINY, Program, assert_equal
 
 
 def tiny(preset: str, directory: Path, **changes: object) -> Config:
