@@ -42,6 +42,7 @@ from inference.run import keep_freed_memory, write_csv
 from inference.sac_agent import Agent
 from inference.sac_policy import ImplicitPolicy
 from inference.sac_presets import AgentName, Config, build_policy
+from models.actors import log_tanh_slope
 from models.environments import BANDITS, Bandit
 
 __all__ = ["Options", "evaluate", "main", "train"]
@@ -208,8 +209,8 @@ def _log_prob_error(agent: Agent, obs: Tensor, z: Tensor) -> dict[str, float]:
     width = (high - low) / size
     density = _cells(z, low, high, size) / len(z) / width ** z.shape[1]
     several = obs.expand(2000, -1)
-    values = agent.policy.actor.draw(several)[0]
-    estimate = agent.policy.log_prob(several, values)
+    values, log_pi = agent.policy.sample(several)
+    estimate = log_pi + log_tanh_slope(values)
     index = ((values - low) / width).floor().long().clamp_(0, size - 1)
     flat = index[:, 0] if z.shape[1] == 1 else index[:, 0] * size + index[:, 1]
     exact = density[flat]

@@ -27,8 +27,7 @@ import torch
 from inference.errors import UserError
 from inference.replay import Batch, Replay
 from inference.sac_agent import Agent
-from inference.sac_presets import PRESETS, AgentName, build_policy
-from models.critics import TwinCritic
+from inference.sac_presets import PRESETS, AgentName, build_critic, build_policy
 
 __all__ = ["Sac", "bench_sac", "report"]
 
@@ -50,6 +49,8 @@ class Sac:
     """CPU threads of torch."""
     batch_size: int = 256
     """Transitions of an update."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the agents' products between hidden layers; Stable-Baselines3 has fp32."""
     seed: int = 0
     """Seed of weights and data."""
     json: Path | None = None
@@ -67,9 +68,13 @@ def _transitions(count: int) -> Batch:
 
 
 def _build(name: AgentName, options: Sac) -> Callable[[], Any]:
-    config = dataclasses.replace(PRESETS[f"halfcheetah-{name}"][1], batch_size=options.batch_size)
-    critic = TwinCritic(OBS_DIM, ACTION_DIM, hidden_dims=config.hidden_dims)
-    agent = Agent(build_policy(config, OBS_DIM, ACTION_DIM), critic, config)
+    config = dataclasses.replace(
+        PRESETS[f"halfcheetah-{name}"][1],
+        batch_size=options.batch_size,
+        precision=options.precision,
+    )
+    shape = config, OBS_DIM, ACTION_DIM
+    agent = Agent(build_policy(*shape), build_critic(*shape), config)
     replay = Replay(TRANSITIONS, OBS_DIM, ACTION_DIM)
     replay.add(_transitions(TRANSITIONS))
     return lambda: agent.update(replay.sample(options.batch_size))
@@ -130,6 +135,7 @@ def bench_sac(options: Sac) -> dict[str, Any]:
         "updates": options.updates,
         "batch_size": options.batch_size,
         "clock": options.clock,
+        "precision": options.precision,
         "threads": options.threads,
         "torch": torch.__version__,
     }

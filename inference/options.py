@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 import tyro
 
+from inference.precision import training_dtype
+
 __all__ = ["EXPLICIT", "MAY_DIFFER", "SCORED", "Config", "Guide"]
 
 Guide = Literal[
@@ -166,10 +168,7 @@ class Config:
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """Dtype of the matrix products while training; the parameters' own for ``None``."""
-        native = torch.cpu.get_capabilities()
-        fast = bool(native.get("avx512_bf16") or native.get("amx_bf16"))
-        auto = self.precision == "auto" and self.device == "cpu" and fast
-        return torch.bfloat16 if auto or self.precision == "bf16" else None
+        return training_dtype(self.precision, self.device)
 
     @property
     def tf32(self) -> bool:

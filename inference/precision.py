@@ -13,7 +13,17 @@ from torch import nn
 
 from models.networks import Network
 
-__all__ = ["full_precision", "process_precision"]
+__all__ = ["full_precision", "process_precision", "training_dtype"]
+
+
+def training_dtype(precision: str, device: str) -> torch.dtype | None:
+    """Dtype of matrix products in training: bf16 if ``precision`` is ``"bf16"``, or ``"auto"`` on a
+    processor whose cores multiply in it; the parameters' own, ``None``, otherwise.
+    """
+    native = torch.cpu.get_capabilities()
+    fast = bool(native.get("avx512_bf16") or native.get("amx_bf16"))
+    auto = precision == "auto" and device == "cpu" and fast
+    return torch.bfloat16 if auto or precision == "bf16" else None
 
 
 def process_precision(device: str, *, tf32: bool) -> None:

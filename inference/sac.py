@@ -42,8 +42,7 @@ from inference.rollout import (
 )
 from inference.run import RunFolder, keep_freed_memory, load_rng_state, read_metrics, rng_state
 from inference.sac_agent import Agent
-from inference.sac_presets import MAY_DIFFER, PRESETS, Config, build_policy, check
-from models.critics import TwinCritic
+from inference.sac_presets import MAY_DIFFER, PRESETS, Config, build_critic, build_policy, check
 from models.environments import MultiGoal
 
 __all__ = ["COLUMNS", "Training", "main", "run", "seed_of"]
@@ -75,9 +74,8 @@ class Training:
         envs = make_envs(config.env, config.num_envs)
         self.collector = Collector(envs, seed=config.seed, name=config.env)
         obs_dim, action_dim = self.collector.obs_dim, self.collector.action_dim
-        policy = build_policy(config, obs_dim, action_dim).to(config.device)
-        critic = TwinCritic(obs_dim, action_dim, hidden_dims=config.hidden_dims)
-        self.agent = Agent(policy, critic.to(config.device), config)
+        policy = build_policy(config, obs_dim, action_dim)
+        self.agent = Agent(policy, build_critic(config, obs_dim, action_dim), config)
         self.replay = Replay(config.buffer_size, obs_dim, action_dim, device=config.device)
         self.seconds = 0.0
 

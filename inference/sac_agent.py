@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inference.replay import Batch
-from inference.sac_policy import ImplicitPolicy, Policy
+from inference.sac_policy import ImplicitPolicy, Policy, Proposal
 from inference.sac_presets import Config
 
 __all__ = ["ActionValue", "Agent"]
@@ -68,9 +68,9 @@ class Agent:
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update of score, critics, policy and temperature; returns scalars, detached."""
-        draws = self.policy.fit(batch.obs)
+        proposal = self.policy.fit(batch.obs)
         metrics = self.update_critic(batch)
-        metrics |= self.update_actor(batch.obs, draws, metrics.pop("baseline"))
+        metrics |= self.update_actor(batch.obs, proposal, metrics.pop("baseline"))
         if self.config.auto_alpha:
             self.update_alpha(metrics["log_pi"])
         return metrics
@@ -100,15 +100,15 @@ class Agent:
         return found | {"baseline": q.amin(0)}
 
     def update_actor(
-        self, obs: Tensor, draws: Tensor | None, baseline: Tensor | float = 0.0
+        self, obs: Tensor, proposal: Proposal | None, baseline: Tensor | float = 0.0
     ) -> dict[str, Tensor]:
         """One step of the actor.
 
         :param obs: ``[B, obs_dim]``.
-        :param draws: what ``policy.fit(obs)`` returned.
+        :param proposal: what ``policy.fit(obs)`` returned.
         :param baseline: values ``[B]`` of the states, of any other action there: less variance.
         """
-        z, log_pi, penalty, log_choice = self.policy.rsample(obs, draws)
+        z, log_pi, penalty, log_choice = self.policy.rsample(obs, proposal)
         valued = z
         if penalty is not None:
             valued = z.clone()

@@ -10,15 +10,22 @@ energy of which is normalized by importance sampling.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.actors import FlowActor, GaussianActor, ImplicitActor, log_tanh_slope
+from models.actors import (
+    Encoded,
+    FlowActor,
+    GaussianActor,
+    ImplicitActor,
+    SignPosterior,
+    log_tanh_slope,
+)
 from pyro_ardae.score import ScoreEstimator
 
-__all__ = ["Draw", "ExplicitPolicy", "ImplicitPolicy", "Policy"]
+__all__ = ["Draw", "ExplicitPolicy", "ImplicitPolicy", "Policy", "Proposal"]
 
 
 class Draw(NamedTuple):
@@ -47,7 +54,7 @@ class ExplicitPolicy(nn.Module):
     def fit(self, obs: Tensor) -> None:
         """Nothing is to be estimated."""
 
-    def rsample(self, obs: Tensor, draws: None = None) -> Draw:
+    def rsample(self, obs: Tensor, proposal: None = None) -> Draw:
         """A draw without penalty."""
         z, log_prob = self.actor.rsample_and_log_prob(obs)
         return Draw(z, log_prob - log_tanh_slope(z), None, None)
@@ -63,22 +70,41 @@ class ExplicitPolicy(nn.Module):
         return {}
 
 
+class Proposal(NamedTuple):
+    """Signs, and draws of y given them, by which :meth:`ImplicitPolicy.fit` has learned."""
+
+    sign: Tensor
+    """``[1, B, D]``."""
+    draws: Tensor
+    """``[num_draws, B, D]``."""
+
+
 class ImplicitPolicy(nn.Module):
-    r"""The policy of an implicit actor :math:`z = \mu(s) + \sigma(s) y`, with an estimated score.
+    r"""The policy of an implicit actor, with an estimated score.
 
-    With :math:`f(y) \approx \nabla_y \log q(y \mid s)` the gradient of
+    The actor draws signs b, a y given them, and :math:`z = \mu(s, b) + \sigma(s, b) y`. So
 
-    .. math:: \log \pi(a \mid s) = \log q(y \mid s) - \sum_i \log \sigma_i(s)
-        - \sum_i \log(1 - \tanh^2 z_i)
+    .. math:: \log \pi(a \mid s) = \log q(y \mid s, b) - \sum_i \log \sigma_i(s, b)
+        + \log P(b \mid s) - \log P(b \mid z, s) - \sum_i \log(1 - \tanh^2 z_i),
 
-    along a draw is that of :math:`f(y)^\top y` with f held fixed, and of the other two terms
-    exactly.
+    whatever the b that z came from. Two terms are estimated: the first, :math:`\log q` and its
+    gradient f by y, by the estimator, with state and signs as its context, and the fourth by a
+    network that learns to tell the signs from the draw
+    (:class:`~models.actors.SignPosterior`). Given its signs a draw has one mode, as a rule, which
+    leaves the estimator little to learn. The gradient along a draw is that of
+    :math:`f(y)^\top y` with f held fixed for the first term, exact for the others.
+
+    With an r(b | z, s) that is off, :math:`-\log \pi` is too small on average (by the divergence
+    of r from the true one; Ranganath et al. 2016, `arXiv 1511.02386
+    <https://arxiv.org/abs/1511.02386>`_): a lower bound of the entropy.
 
     :param ImplicitActor actor: the actor.
-    :param ScoreEstimator estimator: of the score of y given the state, with ``log_prob``.
-    :param int num_draws: draws per state by which the score is learned, >= 1.
+    :param ScoreEstimator estimator: of the score of y given state and signs (as a context of
+        ``obs_dim + D``), with ``log_prob``.
+    :param int num_draws: draws per state by which the score is learned, > 1.
     :param float bound: magnitude of z from which on :meth:`rsample` counts excess, > 0. Beyond 4
         the tanh is flat, and only the entropy would still move a draw.
+    :param float learning_rate: step size of Adam for the network that tells the signs.
     """
 
     #: The same for y. Its width and σ could grow and shrink together, and an estimate that lags
@@ -90,45 +116,88 @@ class ImplicitPolicy(nn.Module):
     GAUGE = 1.0
 
     def __init__(
-        self, actor: ImplicitActor, estimator: ScoreEstimator, *, num_draws: int, bound: float = 4.0
+        self,
+        actor: ImplicitActor,
+        estimator: ScoreEstimator,
+        *,
+        num_draws: int,
+        bound: float = 4.0,
+        learning_rate: float = 2e-3,
     ) -> None:
         super().__init__()
-        if num_draws < 1:
-            raise ValueError(f"ImplicitPolicy: expected num_draws >= 1, got {num_draws}.")
+        if num_draws < 2:
+            raise ValueError(f"ImplicitPolicy: expected num_draws >= 2, got {num_draws}.")
         self.actor, self.estimator, self.num_draws = actor, estimator, num_draws
-        self.bound = bound
+        self.signs = SignPosterior(actor)
+        self.bound, self.learning_rate = bound, learning_rate
         self.score_loss = torch.zeros(())
+        self._optimizer: torch.optim.Optimizer | None = None
 
-    @torch.no_grad()
-    def fit(self, obs: Tensor) -> Tensor:
-        """Updates the score by fresh draws y ``[num_draws, B, D]``, which it returns.
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """That of the network that tells the signs."""
+        if self._optimizer is None:  # by now on the device where it stays
+            parameters = self.signs.parameters()
+            self._optimizer = torch.optim.Adam(parameters, self.learning_rate, fused=True)
+        return self._optimizer
+
+    def fit(self, obs: Tensor) -> Proposal:
+        """Updates both estimates by fresh draws, which it returns.
 
         :param obs: ``[B, obs_dim]``.
         """
-        encoded = self.actor.encode(obs)
-        draws, _ = self.actor.deviate(encoded, self.actor.noise(obs, self.num_draws))
-        self.score_loss = self.estimator.update(draws, obs)
-        return draws
+        with torch.no_grad():
+            encoded = self.actor.encode(obs)
+            sign = self.actor.choose(encoded)
+            draws = self.actor.deviate(encoded, sign, self.actor.noise(obs, self.num_draws))
+            loc, log_scale = self.actor.place(encoded, sign)
+            u = loc + log_scale.exp() * draws
+        self.score_loss = self.estimator.update(draws, self._context(obs, sign))
+        (-self.signs(encoded, u, sign).mean()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Proposal(sign, draws)
 
-    def rsample(self, obs: Tensor, draws: Tensor) -> Draw:
+    def rsample(self, obs: Tensor, proposal: Proposal) -> Draw:
         """A differentiable draw.
 
         :param obs: ``[B, obs_dim]``.
-        :param draws: what :meth:`fit` returned for it.
+        :param proposal: what :meth:`fit` returned for it.
         """
+        sign, draws = proposal
         encoded = self.actor.encode(obs)
-        fresh, log_choice = self.actor.deviate(encoded, self.actor.noise(obs))
-        y, still = fresh[0], fresh.detach()
-        score, value = (one[0] for one in self.estimator.score_and_log_prob(still, draws, obs))
-        z = encoded.loc + encoded.log_scale.exp() * y
-        along = (score * (y - still[0])).sum(-1)
-        log_pi = value + along - encoded.log_scale.sum(-1) - log_tanh_slope(z)
-        penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y) + self._unit(y, draws)
+        y = self.actor.deviate(encoded, sign, self.actor.noise(obs))
+        still = y.detach()
+        score, value = self.estimator.score_and_log_prob(still, draws, self._context(obs, sign))
+        loc, log_scale = self.actor.place(encoded, sign)
+        u = loc + log_scale.exp() * y
+        scale = encoded.log_scale.exp()
+        z = (encoded.loc + scale * u)[0]
+        log_sign, of_u = self._tell(encoded, u, sign)
+        of_z = of_u / scale.detach()
+        log_choice = self.actor.log_choice(encoded, sign)
+        log_pi = (value + log_choice.detach() - log_sign - log_scale.sum(-1))[0]
+        log_pi = log_pi - encoded.log_scale.sum(-1) - log_tanh_slope(z)
+        log_pi = log_pi + (score * (y - still))[0].sum(-1) - (of_z[0] * (z - z.detach())).sum(-1)
+        penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y) + self._unit(y[0], draws)
         return Draw(z, log_pi, penalty, log_choice[0])
+
+    def _context(self, obs: Tensor, sign: Tensor) -> Tensor:
+        return torch.cat([obs, sign[0]], -1)
+
+    def _tell(self, encoded: Encoded, u: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+        """Log r(b | z, s) ``[1, B]`` and its gradient by u."""
+        encoded = Encoded(*(one.detach() for one in encoded))
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            log_sign = self.signs(encoded, u, sign)
+            (gradient,) = torch.autograd.grad(log_sign.sum(), u)
+        return log_sign.detach(), gradient
 
     def _unit(self, y: Tensor, draws: Tensor) -> Tensor:
         """A term whose gradient is that of half of (m^2 + (v - 1)^2 / 2), m and v being mean and
-        variance of y in a state, up to a constant factor: other draws estimate the coefficients.
+        variance of y given state and signs, up to a constant factor: other draws estimate the
+        coefficients.
         """
         variance, mean = torch.var_mean(draws, 0)
         off = (variance - 1).clamp(max=3.0)
@@ -138,21 +207,18 @@ class ImplicitPolicy(nn.Module):
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """A draw z ``[B, D]`` and an estimate of log π of its action ``[B]``."""
         encoded = self.actor.encode(obs)
-        y, _ = self.actor.deviate(encoded, self.actor.noise(obs))
-        z = encoded.loc + encoded.log_scale.exp() * y[0]
-        log_prob = self.estimator.log_prob(y, y, obs)[0]
-        return z, log_prob - encoded.log_scale.sum(-1) - log_tanh_slope(z)
-
-    @torch.no_grad()
-    def log_prob(self, obs: Tensor, z: Tensor) -> Tensor:
-        """An estimate of log q(z | s), ``[B]``, for ``z [B, D]``."""
-        encoded = self.actor.encode(obs)
-        y = ((z - encoded.loc) / encoded.log_scale.exp()).unsqueeze(0)
-        return self.estimator.log_prob(y, y, obs)[0] - encoded.log_scale.sum(-1)
+        sign = self.actor.choose(encoded)
+        y = self.actor.deviate(encoded, sign, self.actor.noise(obs))
+        loc, log_scale = self.actor.place(encoded, sign)
+        u = loc + log_scale.exp() * y
+        z = (encoded.loc + encoded.log_scale.exp() * u)[0]
+        log_prob = self.estimator.log_prob(y, y, self._context(obs, sign)) - log_scale.sum(-1)
+        log_prob += self.actor.log_choice(encoded, sign) - self.signs(encoded, u, sign)
+        return z, log_prob[0] - encoded.log_scale.sum(-1) - log_tanh_slope(z)
 
     @torch.no_grad()
     def diagnostics(self, obs: Tensor) -> dict[str, float]:
-        r"""How far the estimates can be trusted.
+        r"""How far the estimates can be trusted; all but the first given random signs.
 
         - ``score_loss``: of the last update.
         - ``stein``: the mean of :math:`f(y)^\top (y - m) / D`, -1 for the exact score of any q, and
@@ -161,15 +227,17 @@ class ImplicitPolicy(nn.Module):
           draws: how far the values are from those of a normalized one.
         - ``width``: the standard deviation of y, around 1 if location and scale do their part.
         """
-        draws, _ = self.actor.deviate(self.actor.encode(obs), self.actor.noise(obs, 17))
-        y, others = draws.split([1, 16])
-        score = self.estimator(y, y, obs)[0]
+        encoded = self.actor.encode(obs)
+        sign = self.actor.choose(encoded)
+        y, others = self.actor.deviate(encoded, sign, self.actor.noise(obs, 17)).split([1, 16])
+        context = self._context(obs, sign)
+        score = self.estimator(y, y, context)[0]
         stein = (score * (y[0] - others.mean(0))).mean(-1)
         return {
             "score_loss": float(self.score_loss),
             "stein": float(stein.mean()),
             "stein_se": float(stein.std() / len(stein) ** 0.5),
-            "log_z": float(self.estimator.log_normalizer(y, obs).square().mean().sqrt()),
+            "log_z": float(self.estimator.log_normalizer(y, context).square().mean().sqrt()),
             "width": float(others.std(0).mean()),
         }
 
@@ -185,13 +253,22 @@ class ImplicitPolicy(nn.Module):
         :param perturbations: directions per state.
         :param step: scale of v.
         """
-        noise = self.actor.noise(obs)
+        noise, sign = self.actor.noise(obs), self.actor.choose(self.actor.encode(obs))
         shift = step * torch.randn(
             (perturbations, *noise.shape[1:]), dtype=noise.dtype, device=noise.device
         )
-        moved, still = self.actor(obs, noise + shift).tanh(), self.actor(obs, noise).tanh()
+        moved = self.actor(obs, sign, noise + shift).tanh()
+        still = self.actor(obs, sign, noise).tanh()
         stretch = (moved - still).square().sum(-1) / shift.square().sum(-1)
         return (stretch - lowest).clamp_max(0).square().mean()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The state of the optimizer."""
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`get_extra_state` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def _excess(value: Tensor, bound: float) -> Tensor:

@@ -8,18 +8,26 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
+import torch
 import tyro
 
 from inference.errors import UserError
+from inference.precision import training_dtype
 from inference.sac_policy import ExplicitPolicy, ImplicitPolicy, Policy
 from models.actors import FlowActor, GaussianActor, ImplicitActor
+from models.critics import TwinCritic
 from pyro_ardae import ARDAE
 
-__all__ = ["MAY_DIFFER", "PRESETS", "AgentName", "Config", "build_policy", "check"]
+__all__ = ["MAY_DIFFER", "PRESETS", "AgentName", "Config", "build_critic", "build_policy", "check"]
 
 AgentName = Literal["sac", "sac-nf", "sac-ardae"]
+
+
+class _Hidden(TypedDict):
+    hidden_dims: tuple[int, ...]
+    compute_dtype: torch.dtype | None
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,9 @@ class Config:
     """Torch device."""
     threads: int = 1
     """CPU threads of torch; networks of this size gain little by more."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the products between hidden layers of actor and critics. By default bf16 where
+    the processor multiplies in it."""
     out: Path | None = None
     """Run folder; runs/sac/PRESET-seedN by default."""
     resume: Path | None = None
@@ -121,6 +132,11 @@ class Config:
     """sac-ardae: weight of telling its draws from a Gaussian's in the training of the score."""
     score_normalizer_draws: int = 0
     """sac-ardae: draws for the normalizing constant of log π; 0: it is learned by the ratio."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Dtype of the products between hidden layers; the parameters' own for ``None``."""
+        return training_dtype(self.precision, self.device)
 
     @property
     def preset(self) -> str:
@@ -237,35 +253,35 @@ def check(config: Config) -> None:
 
 
 def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
-    """Builds actor and, for the implicit one, score estimator.
+    """Builds actor and, for the implicit one, score estimator, on the configured device.
 
     :raises UserError: if the flow's package is missing.
     """
+    hidden: _Hidden = {"hidden_dims": config.hidden_dims, "compute_dtype": config.compute_dtype}
     if config.agent == "sac":
-        return ExplicitPolicy(GaussianActor(obs_dim, action_dim, hidden_dims=config.hidden_dims))
+        return ExplicitPolicy(GaussianActor(obs_dim, action_dim, **hidden)).to(config.device)
     if config.agent == "sac-nf":
         try:
-            return ExplicitPolicy(FlowActor(obs_dim, action_dim, hidden_dims=config.hidden_dims))
+            return ExplicitPolicy(FlowActor(obs_dim, action_dim, **hidden)).to(config.device)
         except ModuleNotFoundError as error:
             raise UserError(
                 f"sac-nf: expected zuko to be installed, found: {error}; "
                 'pip install "pyro-ardae[flows]"'
             ) from None
-    noise_dim = max(10, action_dim) if config.noise_dim is None else config.noise_dim
     actor = ImplicitActor(
         obs_dim,
         action_dim,
-        hidden_dims=config.hidden_dims,
-        noise_dim=noise_dim,
+        noise_dim=max(10, action_dim) if config.noise_dim is None else config.noise_dim,
         noise_hidden_dims=config.noise_hidden_dims,
         noise_scale=config.noise_scale,
         spread=config.spread,
         sign_scale=config.sign_scale,
         min_scale=config.min_scale,
+        **hidden,
     )
     estimator = ARDAE(
         action_dim,
-        obs_dim,
+        obs_dim + action_dim,  # the state and the signs
         parametrization="energy",
         whitening="none",  # the actor's location and scale have done it
         hidden_dim=config.score_hidden_dim,
@@ -277,4 +293,13 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
         num_normalizer_samples=config.score_normalizer_draws,
         quasi_random=True,
     )
-    return ImplicitPolicy(actor, estimator, num_draws=config.score_draws, bound=config.bound)
+    policy = ImplicitPolicy(actor, estimator, num_draws=config.score_draws, bound=config.bound)
+    return policy.to(config.device)
+
+
+def build_critic(config: Config, obs_dim: int, action_dim: int) -> TwinCritic:
+    """Builds the critics, on the configured device."""
+    critic = TwinCritic(
+        obs_dim, action_dim, hidden_dims=config.hidden_dims, compute_dtype=config.compute_dtype
+    )
+    return critic.to(config.device)

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution
 
 from models.networks import MLP
+from models.stack import ReLUStack
 
 __all__ = ["Encoded", "FlowActor", "GaussianActor", "ImplicitActor", "log_tanh_slope"]
 
@@ -63,18 +64,25 @@ class GaussianActor(nn.Module):
     :param int obs_dim: width of an observation, >= 1.
     :param int action_dim: width D of an action, >= 1.
     :param Sequence[int] hidden_dims: widths of the hidden layers, one at least.
+    :param torch.dtype compute_dtype: as in :class:`~models.stack.ReLUStack`.
     """
 
     def __init__(
-        self, obs_dim: int, action_dim: int, *, hidden_dims: Sequence[int] = (256, 256)
+        self,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        hidden_dims: Sequence[int] = (256, 256),
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.action_dim = action_dim
-        self.net = MLP((obs_dim, *hidden_dims, 2 * action_dim), activation=nn.ReLU)
+        sizes = (obs_dim, *hidden_dims, 2 * action_dim)
+        self.net = ReLUStack(1, sizes, compute_dtype=compute_dtype)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """``obs [*batch, obs_dim]`` to location and logarithm of the scale, ``[*batch, D]``."""
-        loc, log_scale = self.net(obs).chunk(2, -1)
+        loc, log_scale = self.net(obs)[0].chunk(2, -1)
         return loc, log_scale.clamp(*_LOG_SCALE)
 
     def rsample_and_log_prob(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +128,7 @@ class FlowActor(nn.Module):
         transforms: int = 1,
         bins: int = 8,
         flow_dim: int = 64,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         validate = Distribution._validate_args
@@ -128,8 +137,8 @@ class FlowActor(nn.Module):
         # Importing zuko turns the validation of all distributions off.
         Distribution.set_default_validate_args(validate)
         self.action_dim = action_dim
-        outputs = 2 * action_dim + flow_dim
-        self.net = MLP((obs_dim, *hidden_dims, outputs), activation=nn.ReLU)
+        sizes = (obs_dim, *hidden_dims, 2 * action_dim + flow_dim)
+        self.net = ReLUStack(1, sizes, compute_dtype=compute_dtype)
         splines = NSF(
             action_dim,
             context=flow_dim,
@@ -141,7 +150,7 @@ class FlowActor(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Location, log scale ``[*batch, D]``, and what the splines see ``[*batch, flow_dim]``."""
-        output = self.net(obs)
+        output = self.net(obs)[0]
         loc, log_scale = output[..., : 2 * self.action_dim].chunk(2, -1)
         return loc, log_scale.clamp(*_LOG_SCALE), output[..., 2 * self.action_dim :]
 
@@ -163,7 +172,7 @@ class FlowActor(nn.Module):
 
 
 class Encoded(NamedTuple):
-    """What an :class:`ImplicitActor` makes of a state: all that does not depend on the noise."""
+    """What an :class:`ImplicitActor` makes of a state: all that does not depend on chance."""
 
     loc: Tensor
     """Location ``[*batch, D]``."""
@@ -172,28 +181,27 @@ class Encoded(NamedTuple):
     logits: Tensor
     """Log odds of a positive sign ``[*batch, D]``."""
     seen: Tensor
-    """What the layers that see the noise are told of the state."""
+    """What the layers that see signs and noise are told of the state, ``[*batch, S]``."""
 
 
 class ImplicitActor(nn.Module):
-    r"""A network of state and noise before the tanh: samples, no density.
+    r"""A network of state, random signs and noise before the tanh: samples, no density.
 
-    .. math:: z = \mu(s) + \sigma(s) \odot y, \quad
-        y = \kappa b + \rho\, \epsilon_{1:D} + m(s, b, \epsilon)
-        + t(s, b, \epsilon) \odot \epsilon'
-
-    Only y is implicit: location and scale enter the density in closed form,
-    :math:`\log q(z) = \log q(y) - \sum_i \log \sigma_i`, and leave a y about as wide as 1
-    whatever the policy's width. The state is encoded once for any number of draws; the layers that
-    see the noise are narrower. :math:`\epsilon'`, as wide as the action, keeps the draws off a
-    manifold: without it a policy in the plane collapses onto a curve.
+    .. math::
+        z &= \mu(s) + \sigma(s) \odot [ \kappa b + \mu'(s, b) + \sigma'(s, b) \odot y ], \\
+        y &= \rho\, \epsilon_{1:D} + m(s, b, \epsilon) + t(s, b, \epsilon) \odot \epsilon'
 
     b is a random sign for each action, positive with probability :math:`p_i(s)`. A continuous map
     of Gaussian noise alone separates modes only by a steep slope, and shifts mass from one to the
     other only through the few draws in between: with the exact score in place of an estimate, its
     policies stayed .3 to .7 nats from one with two modes, or dropped one. By the signs, modes are
     apart without a slope, and their weights are the :math:`p_i`, which have a likelihood-ratio
-    gradient. They leave nothing that a continuous map has: the network sees them like other noise.
+    gradient.
+
+    Only y is implicit. Given state and signs, location and scale enter the density in closed form,
+    and leave a y about as wide as 1 whatever the policy's width. The state is encoded once for any
+    number of draws; the layers that see the noise are narrower. :math:`\epsilon'`, as wide as the
+    action, keeps the draws off a manifold: without it a policy in the plane collapses onto a curve.
 
     :param int obs_dim: width of an observation, >= 1.
     :param int action_dim: width D of an action, >= 1.
@@ -203,14 +211,18 @@ class ImplicitActor(nn.Module):
     :param float noise_scale: factor on the noise before the first layer, > 0: above 1 the map
         starts with the steep slopes that separated modes need.
     :param float spread: :math:`\sigma` before training, > 0.
-    :param float sign_scale: :math:`\kappa`, in [0, 0.9]; :math:`\rho^2 = 0.91 - \kappa^2` makes
-        y start about as wide as 1.
+    :param float sign_scale: :math:`\kappa`, in [0, 0.9]; :math:`\sigma'` starts at
+        :math:`(1 - \kappa^2)^{1/2}`, so that z starts about as wide as :math:`\sigma`.
     :param float min_scale: lower bound of t, > 0. Thinner than that, no ridge forms for the score
         network to resolve.
+    :param torch.dtype compute_dtype: as in :class:`~models.stack.ReLUStack`.
     """
 
     #: Bound of the log odds of a sign: each keeps a share of 1.8 %, so that none is lost for good.
     MAX_LOGIT = 4.0
+
+    #: t before training. :math:`\rho` makes y start about as wide as 1.
+    FIRST_SCALE = 0.3
 
     def __init__(
         self,
@@ -224,6 +236,7 @@ class ImplicitActor(nn.Module):
         spread: float = 0.6,
         sign_scale: float = 0.6,
         min_scale: float = 0.05,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if noise_dim < action_dim or not noise_hidden_dims:
@@ -235,64 +248,123 @@ class ImplicitActor(nn.Module):
             raise ValueError(f"ImplicitActor: expected sign_scale in [0, 0.9], got {sign_scale}.")
         self.action_dim, self.noise_dim = action_dim, noise_dim
         self.noise_scale, self.min_scale = noise_scale, min_scale
-        self.sign_scale, self.base_scale = sign_scale, math.sqrt(0.91 - sign_scale**2)
-        first = noise_hidden_dims[0]
-        self.trunk = MLP((obs_dim, *hidden_dims), activation=nn.ReLU, activate_output=True)
-        self.head = nn.Linear(hidden_dims[-1], 3 * action_dim + first)
-        self.of_noise = nn.Linear(noise_dim + action_dim, first, bias=False)
+        self.sign_scale, self.base_scale = sign_scale, math.sqrt(1 - self.FIRST_SCALE**2)
+        self.seen_dim = noise_hidden_dims[0]
+        sizes = (obs_dim, *hidden_dims, 3 * action_dim + self.seen_dim)
+        self.trunk = ReLUStack(1, sizes, compute_dtype=compute_dtype)
+        self.of_sign = nn.Linear(action_dim, self.seen_dim, bias=False)
+        self.side = nn.Linear(self.seen_dim, 2 * action_dim)
+        self.of_noise = nn.Linear(noise_dim + action_dim, self.seen_dim, bias=False)
         self.net = MLP((*noise_hidden_dims, 2 * action_dim), activation=nn.ReLU)
         with torch.no_grad():
-            _, scale, odds, _ = self.head.bias.split(self._widths)
+            _, scale, odds, _ = self.trunk.output_bias.split(self._widths, -1)
             scale.fill_(math.log(spread))
             odds.zero_()
-            self.head.weight.split(self._widths)[2].zero_()
+            self.trunk.output_weight.split(self._widths, -1)[2].zero_()
+            self.side.weight.zero_()
+            loc, scale = self.side.bias.view(2, action_dim)
+            loc.zero_()
+            scale.fill_(0.5 * math.log1p(-(sign_scale**2)))
             loc, raw = self.net.last.bias.view(2, action_dim)
             loc.zero_()
-            raw.fill_(math.log(math.expm1(0.25)))
+            raw.fill_(math.log(math.expm1(max(self.FIRST_SCALE - min_scale, 1e-3))))
 
     @property
     def _widths(self) -> list[int]:
-        return [self.action_dim] * 3 + [self.of_noise.out_features]
+        return [self.action_dim] * 3 + [self.seen_dim]
 
     def encode(self, obs: Tensor) -> Encoded:
-        """``obs [*batch, obs_dim]`` to what does not depend on the noise."""
-        loc, log_scale, odds, seen = self.head(self.trunk(obs)).split(self._widths, -1)
+        """``obs [*batch, obs_dim]`` to what does not depend on chance."""
+        loc, log_scale, odds, seen = self.trunk(obs)[0].split(self._widths, -1)
         logits = self.MAX_LOGIT * (odds / self.MAX_LOGIT).tanh()
         return Encoded(loc, log_scale.clamp(*_LOG_SCALE), logits, seen)
 
-    def deviate(self, encoded: Encoded, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws y ``[n, *batch, D]``, and the log-probability of its signs ``[n, *batch]``.
+    def choose(self, encoded: Encoded, num_draws: int = 1) -> Tensor:
+        """Random signs ``[num_draws, *batch, D]``."""
+        logits = encoded.logits.detach()
+        uniform = torch.rand((num_draws, *logits.shape), dtype=logits.dtype, device=logits.device)
+        return torch.where(uniform < logits.sigmoid(), 1.0, -1.0).to(logits)
 
-        :param noise: ``[n, *batch, noise_dim + 2 D]``, as from :meth:`noise`.
+    def log_choice(self, encoded: Encoded, sign: Tensor) -> Tensor:
+        """Log-probability of signs ``[..., *batch, D]``, ``[..., *batch]``."""
+        return F.logsigmoid(sign * encoded.logits).sum(-1)
+
+    def place(self, encoded: Encoded, sign: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Location of z given the signs ``[..., *batch, D]``, and logarithm of its scale, in units
+        of what the state gives: :math:`\kappa b + \mu'` and :math:`\log \sigma'`.
         """
-        noise, choice, last = noise.split([self.noise_dim, self.action_dim, self.action_dim], -1)
-        sign = torch.where(choice + encoded.logits.detach() >= 0, 1.0, -1.0).to(noise)
-        inputs = torch.cat([noise, sign], -1)
+        hidden = torch.relu(encoded.seen + self.of_sign(sign))
+        loc, log_scale = self.side(hidden).chunk(2, -1)
+        return loc + self.sign_scale * sign, log_scale.clamp(*_LOG_SCALE)
+
+    def deviate(self, encoded: Encoded, sign: Tensor, noise: Tensor) -> Tensor:
+        """Draws y ``[n, *batch, D]``.
+
+        :param sign: ``[n or 1, *batch, D]``.
+        :param noise: ``[n, *batch, noise_dim + D]``, as from :meth:`noise`.
+        """
+        noise, last = noise.split([self.noise_dim, self.action_dim], -1)
+        inputs = torch.cat([noise, sign.expand_as(last)], -1)
         hidden = torch.relu(encoded.seen + self.noise_scale * self.of_noise(inputs))
         center, raw = self.net(hidden).chunk(2, -1)
-        center = center + self.sign_scale * sign + self.base_scale * noise[..., : self.action_dim]
-        y = torch.addcmul(center, F.softplus(raw) + self.min_scale, last)
-        return y, F.logsigmoid(sign * encoded.logits).sum(-1)
+        center = center + self.base_scale * noise[..., : self.action_dim]
+        return torch.addcmul(center, F.softplus(raw) + self.min_scale, last)
 
-    def forward(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """``obs [*batch, obs_dim]`` and noise as from :meth:`noise` to ``[n, *batch, D]``."""
+    def forward(self, obs: Tensor, sign: Tensor, noise: Tensor) -> Tensor:
+        """``obs [*batch, obs_dim]``, signs and noise as for :meth:`deviate`: ``[n, *batch, D]``."""
         encoded = self.encode(obs)
-        return encoded.loc + encoded.log_scale.exp() * self.deviate(encoded, noise)[0]
+        loc, log_scale = self.place(encoded, sign)
+        y = self.deviate(encoded, sign, noise)
+        return encoded.loc + encoded.log_scale.exp() * (loc + log_scale.exp() * y)
 
     def noise(self, obs: Tensor, num_draws: int = 1) -> Tensor:
-        """Fresh noise ``[num_draws, *batch, noise_dim + 2 D]`` for :meth:`forward`: normal, but for
-        the D columns after the first ``noise_dim``, a logistic variable for each sign.
-        """
-        shape = (num_draws, *obs.shape[:-1], self.noise_dim + 2 * self.action_dim)
-        noise = torch.randn(shape, dtype=obs.dtype, device=obs.device)
-        choice = noise[..., self.noise_dim : -self.action_dim]
-        choice.copy_(torch.rand_like(choice).logit_(1e-7))
-        return noise
+        """Fresh normal noise ``[num_draws, *batch, noise_dim + D]`` for :meth:`deviate`."""
+        shape = (num_draws, *obs.shape[:-1], self.noise_dim + self.action_dim)
+        return torch.randn(shape, dtype=obs.dtype, device=obs.device)
 
     def draw(self, obs: Tensor, num_draws: int = 1) -> Tensor:
         """Draws z, ``[num_draws, *batch, D]``, differentiable."""
-        return self(obs, self.noise(obs, num_draws))
+        sign = self.choose(self.encode(obs), num_draws)
+        return self(obs, sign, self.noise(obs, num_draws))
 
     def center(self, obs: Tensor) -> Tensor:
         """The z for the more probable signs and no other noise, ``[*batch, D]``."""
-        return self(obs, torch.zeros_like(self.noise(obs)))[0]
+        sign = torch.where(self.encode(obs).logits >= 0, 1.0, -1.0).to(obs)
+        return self(obs, sign.unsqueeze(0), torch.zeros_like(self.noise(obs)))[0]
+
+
+class SignPosterior(nn.Module):
+    r"""r(b | u, s): what a draw :math:`u = (z - \mu) / \sigma` of an :class:`ImplicitActor` tells
+    of the signs that it came from. The log odds of a sign given those before it are
+
+    .. math:: \mathrm{logit}\, p_i(s) + w_i u_i + f_i(u, s) + \sum_{j < i} A_{ij}(u, s)\, b_j,
+
+    the prior's and, learned, the evidence. It starts with what u would tell if it were normal.
+
+    :param ImplicitActor actor: the actor.
+    :param int hidden_dim: width of the network, >= 1.
+    """
+
+    def __init__(self, actor: ImplicitActor, *, hidden_dim: int = 64) -> None:
+        super().__init__()
+        dim = actor.action_dim
+        self.pairs = torch.tril_indices(dim, dim, -1)
+        self.of_state = nn.Linear(actor.seen_dim, hidden_dim)
+        self.of_draw = nn.Linear(dim, hidden_dim, bias=False)
+        sizes = (hidden_dim, hidden_dim, dim + self.pairs.shape[1])
+        self.net = MLP(sizes, activation=nn.SiLU)
+        nn.init.zeros_(self.net.last.weight)
+        nn.init.zeros_(self.net.last.bias)
+        slope = 2 * actor.sign_scale / (1 - actor.sign_scale**2)
+        self.slope = nn.Parameter(torch.full((dim,), slope))
+
+    def forward(self, encoded: Encoded, u: Tensor, sign: Tensor) -> Tensor:
+        """Log r ``[..., *batch]`` of signs ``[..., *batch, D]``, given ``u [..., *batch, D]``."""
+        dim = u.shape[-1]
+        found = self.net(F.silu(self.of_state(encoded.seen) + self.of_draw(u)))
+        odds = encoded.logits + self.slope * u + found[..., :dim]
+        if dim > 1:
+            later, earlier = self.pairs
+            terms = found[..., dim:] * sign[..., earlier]
+            odds = odds.index_add(-1, later, terms)
+        return F.logsigmoid(sign * odds).sum(-1)

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import MultivariateNormal
+from torch.distributions import MultivariateNormal, Normal
 
 from inference.errors import UserError
 from inference.replay import Batch
 from inference.sac_agent import Agent
-from inference.sac_policy import ExplicitPolicy, ImplicitPolicy
+from inference.sac_policy import ExplicitPolicy, ImplicitPolicy, Proposal
 from inference.sac_presets import Config, build_policy, check
 from models.actors import Encoded, GaussianActor, ImplicitActor, log_tanh_slope
 from models.critics import TwinCritic
@@ -61,11 +61,14 @@ class Oracle(ScoreEstimator):
 
 
 class LinearActor(nn.Module):
-    """z = loc(s) + exp(log_scale(s)) y, y = A noise: a normal, by the interface of an implicit."""
+    """z = loc(s) + exp(log_scale(s)) y, y = A noise: a normal, by the interface of an implicit. Its
+    signs do nothing."""
+
+    sign_scale = 0.0
 
     def __init__(self, obs_dim: int, action_dim: int) -> None:
         super().__init__()
-        self.obs_dim, self.action_dim = obs_dim, action_dim
+        self.obs_dim, self.action_dim, self.seen_dim = obs_dim, action_dim, obs_dim
         self.loc = nn.Parameter(0.5 * torch.randn(obs_dim, action_dim))
         self.log_scale = nn.Parameter(0.3 * torch.randn(obs_dim, action_dim))
         noise = torch.randn(action_dim, action_dim)
@@ -73,10 +76,19 @@ class LinearActor(nn.Module):
         self.fixed: Tensor | None = None
 
     def encode(self, obs: Tensor) -> Encoded:
-        return Encoded(obs @ self.loc, obs @ self.log_scale, obs[:, :0], obs)
+        return Encoded(obs @ self.loc, obs @ self.log_scale, torch.zeros_like(obs @ self.loc), obs)
 
-    def deviate(self, encoded: Encoded, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return noise @ self.factor.mT, noise.new_zeros(noise.shape[:-1])
+    def choose(self, encoded: Encoded, num_draws: int = 1) -> Tensor:
+        return torch.ones(num_draws, *encoded.loc.shape)
+
+    def log_choice(self, encoded: Encoded, sign: Tensor) -> Tensor:
+        return math.log(0.5) * torch.ones_like(sign).sum(-1)
+
+    def place(self, encoded: Encoded, sign: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(sign), torch.zeros_like(sign)
+
+    def deviate(self, encoded: Encoded, sign: Tensor, noise: Tensor) -> Tensor:
+        return noise @ self.factor.mT
 
     def noise(self, obs: Tensor, num_draws: int = 1) -> Tensor:
         if self.fixed is not None:
@@ -97,7 +109,9 @@ class Quadratic(nn.Module):
 
 def linear_agent(config: Config, obs_dim: int = 3, action_dim: int = 2) -> tuple[Agent, Any]:
     actor: Any = LinearActor(obs_dim, action_dim)
-    policy = ImplicitPolicy(actor, Oracle(actor), num_draws=4, bound=config.bound)
+    policy = ImplicitPolicy(
+        actor, Oracle(actor), num_draws=4, bound=config.bound, learning_rate=0.0
+    )
     return Agent(policy, Quadratic(obs_dim, action_dim), config), actor
 
 
@@ -131,6 +145,55 @@ def test_policy_gradient_by_hand() -> None:
     assert torch.allclose(factor - actor.factor, of_y.mT @ noise, rtol=0, atol=1e-10)
 
 
+class SignedActor(LinearActor):
+    """As above with A = 1, and signs: z is a mixture of normals."""
+
+    sign_scale = 0.6
+
+    def choose(self, encoded: Encoded, num_draws: int = 1) -> Tensor:
+        return torch.tensor([1.0, 1.0, -1.0, -1.0]).view(1, 4, 1).expand(num_draws, -1, 1)
+
+    def place(self, encoded: Encoded, sign: Tensor) -> tuple[Tensor, Tensor]:
+        return self.sign_scale * sign, 0.5 * math.log1p(-(self.sign_scale**2)) + 0 * sign
+
+
+@pytest.mark.usefixtures("float64")
+def test_log_pi_and_gradient_of_a_mixture_by_hand() -> None:
+    """The posterior of the signs starts with that of this mixture, so everything is exact."""
+    actor: Any = SignedActor(3, 1)
+    with torch.no_grad():
+        actor.factor.fill_(1.0)
+    config = Config(agent="sac-ardae", alpha=0.7, auto_alpha=False, bound=1e9)
+    policy = ImplicitPolicy(actor, Oracle(actor), num_draws=4, bound=1e9, learning_rate=0.0)
+    policy.GAUGE = 0.0
+    obs = torch.randn(4, 3)
+    actor.fixed = torch.randn(1, 4, 1).clamp(-2, 2)
+    b, y = torch.tensor([1.0, 1.0, -1.0, -1.0]).view(4, 1), actor.fixed[0]
+    mean, std = 0.6, 0.8
+
+    loc, log_scale = obs @ actor.loc, obs @ actor.log_scale
+    z = loc + log_scale.exp() * (mean * b + std * y)
+    u = ((z - loc.detach()) / log_scale.detach().exp()).squeeze(-1)
+    modes = torch.stack([Normal(m, std).log_prob(u) for m in (mean, -mean)]) + math.log(0.5)
+    marginal = modes.logsumexp(0)
+    log_q = marginal - log_scale.squeeze(-1)
+    log_pi = log_q - log_tanh_slope(z)
+    assert torch.allclose(policy.sample(obs)[1], log_pi, atol=1e-10)
+
+    # The location moves the draw alone. The scale also enters log q, and moves the draw.
+    log_posterior = torch.where(b.squeeze(-1) > 0, *modes) - marginal
+    surrogate = (-log_posterior - log_scale.squeeze(-1) - log_tanh_slope(z)).mean()
+    agent = Agent(policy, Quadratic(3, 1), config)
+    q = agent.critic(obs, z.tanh()).amin(0)
+    wanted = [actor.loc, actor.log_scale]
+    expected = torch.autograd.grad(0.7 * surrogate - q.mean(), wanted)
+    agent.actor_optimizer = torch.optim.SGD(actor.parameters(), 1.0)
+    before = [one.detach().clone() for one in wanted]
+    agent.update_actor(obs, policy.fit(obs))
+    for old, new, gradient in zip(before, wanted, expected, strict=True):
+        assert torch.allclose(old - new, gradient, rtol=0, atol=1e-10)
+
+
 @pytest.mark.usefixtures("float64")
 def test_gradient_by_the_signs(standard_errors: Callable[[int], float]) -> None:
     """Its expectation is the derivative of E[alpha log pi - Q] by the odds, by enumeration."""
@@ -147,17 +210,19 @@ def test_gradient_by_the_signs(standard_errors: Callable[[int], float]) -> None:
     with torch.no_grad():
         for parameter in actor.parameters():
             parameter.zero_()
-        actor.head.bias[2] = 0.7
+        actor.trunk.output_bias[..., 2] = 0.7
     actor.sign_scale, actor.base_scale, actor.min_scale = 5.0, 0.0, 0.0  # the action is the sign
     policy.GAUGE = policy.BOUND_Y = 0.0
     policy.bound = 1e9
     agent.actor_optimizer = torch.optim.SGD(actor.parameters(), 1.0)
     count = 20_000
-    agent.update_actor(torch.zeros(count, 1), torch.zeros(2, count, 1), torch.full((count,), 7.0))
+    obs = torch.zeros(count, 1)
+    proposal = Proposal(actor.choose(actor.encode(obs)), torch.zeros(2, count, 1))
+    agent.update_actor(obs, proposal, torch.full((count,), 7.0))
     odds = 4 * math.tanh(0.7 / 4)
     share = 1 / (1 + math.exp(-odds))
     slope = share * (1 - share) * (1 - math.tanh(0.7 / 4) ** 2)
-    found = float(actor.head.bias[2].detach()) - 0.7
+    found = float(actor.trunk.output_bias[..., 2].detach()) - 0.7
     # The loss is -3 share; a draw's part of the gradient varies by less than 3.
     assert abs(found - 3 * slope) < standard_errors(1) * 3 / count**0.5
 
@@ -201,7 +266,6 @@ def test_log_pi_of_an_implicit_policy() -> None:
     normal = MultivariateNormal(obs @ actor.loc, factor @ factor.mT)
     expected = normal.log_prob(z) - (1 - z.tanh().square()).log().sum(-1)
     assert torch.allclose(log_pi, expected, atol=1e-10)
-    assert torch.allclose(agent.policy.log_prob(obs, z), normal.log_prob(z), atol=1e-10)
 
 
 def batch(count: int, obs_dim: int = 3, action_dim: int = 2) -> Batch:
@@ -285,7 +349,7 @@ def test_temperature_is_annealed() -> None:
 
 def test_jacobian_penalty() -> None:
     actor = ImplicitActor(3, 2, hidden_dims=(8,), noise_dim=4, noise_hidden_dims=(8,))
-    policy = ImplicitPolicy(actor, ARDAE(2, 3), num_draws=4)
+    policy = ImplicitPolicy(actor, ARDAE(2, 5), num_draws=4)
     obs = torch.randn(5, 3)
     free = policy.jacobian_penalty(obs, 0.0)
     assert float(free.detach()) == 0
@@ -421,7 +485,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_too_few_draws() -> None:
-    with pytest.raises(ValueError, match="expected num_draws >= 1, got 0"):
+    with pytest.raises(ValueError, match="expected num_draws >= 2, got 0"):
         ImplicitPolicy(ImplicitActor(3, 2), ARDAE(2, 3), num_draws=0)
 
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
-from models.actors import FlowActor, GaussianActor, ImplicitActor, log_tanh_slope
+from models.actors import (
+    FlowActor,
+    GaussianActor,
+    ImplicitActor,
+    SignPosterior,
+    log_tanh_slope,
+)
 from models.critics import TwinCritic
 
 ACTORS = [GaussianActor, FlowActor, ImplicitActor]
@@ -88,35 +94,64 @@ def test_implicit_actor_by_hand() -> None:
         sign_scale=0.5,
     )
     with torch.no_grad():
-        actor.head.weight.normal_()
-    obs, noise = torch.randn(5, 3), torch.randn(6, 5, 8)
-    head = actor.head(actor.trunk(obs))
+        actor.trunk.output_weight.normal_()
+        actor.side.weight.normal_(std=0.1)
+    obs, noise = torch.randn(5, 3), torch.randn(6, 5, 6)
+    head = actor.trunk(obs)[0]
+    encoded = actor.encode(obs)
     logits = 4 * (head[:, 4:6] / 4).tanh()
-    sign = 2.0 * (noise[..., 4:6] + logits >= 0) - 1
+    sign = actor.choose(encoded, 6)
+    assert set(sign.unique().tolist()) == {-1.0, 1.0}
+    hidden = torch.relu(head[:, 6:] + sign @ actor.of_sign.weight.mT)
+    loc, log_scale = actor.side(hidden).chunk(2, -1)
     inputs = torch.cat([noise[..., :4], sign], -1)
     hidden = torch.relu(head[:, 6:] + 2 * inputs @ actor.of_noise.weight.mT)
     center, raw = actor.net.last(hidden).chunk(2, -1)
-    y = 0.5 * sign + (0.91 - 0.25) ** 0.5 * noise[..., :2] + center
-    y = y + (torch.log1p(raw.exp()) + actor.min_scale) * noise[..., 6:]
-    assert torch.allclose(actor(obs, noise), head[:, :2] + head[:, 2:4].exp() * y, atol=1e-12)
-    _, log_choice = actor.deviate(actor.encode(obs), noise)
-    assert torch.allclose(log_choice, (sign * logits).sigmoid().log().sum(-1), atol=1e-12)
+    y = 0.91**0.5 * noise[..., :2] + center
+    y = y + (torch.log1p(raw.exp()) + actor.min_scale) * noise[..., 4:]
+    assert torch.allclose(actor.deviate(encoded, sign, noise), y, atol=1e-12)
+    z = head[:, :2] + head[:, 2:4].exp() * (0.5 * sign + loc + log_scale.exp() * y)
+    assert torch.allclose(actor(obs, sign, noise), z, atol=1e-12)
+    expected = (sign * logits).sigmoid().log().sum(-1)
+    assert torch.allclose(actor.log_choice(encoded, sign), expected, atol=1e-12)
+    # One sign for all draws.
+    one = actor.deviate(encoded, sign[:1], noise)
+    assert torch.equal(one, actor.deviate(encoded, sign[:1].expand(6, -1, -1), noise))
 
 
 def test_signs_have_their_probability(standard_errors: Callable[[int], float]) -> None:
     actor = ImplicitActor(3, 2)
     with torch.no_grad():
-        actor.head.bias[4:6] = torch.tensor([1.0, -2.0])
+        actor.trunk.output_bias[..., 4:6] = torch.tensor([1.0, -2.0])
     obs, count = torch.randn(1, 3), 20_000
-    noise, encoded = actor.noise(obs, count), actor.encode(obs)
+    encoded = actor.encode(obs)
     exact = encoded.logits[0].sigmoid()
-    share = (noise[:, 0, 10:12] + encoded.logits >= 0).double().mean(0)
+    share = (actor.choose(encoded, count)[:, 0] > 0).double().mean(0)
     error = (exact * (1 - exact) / count).sqrt()
     assert ((share - exact).abs() < standard_errors(2) * error).all()
-    # The rest is standard normal.
-    rest = torch.cat([noise[:, 0, :10], noise[:, 0, 12:]], -1)
-    assert float(rest.mean().abs()) < standard_errors(1) / rest.numel() ** 0.5
-    assert abs(float(rest.var()) - 1) < standard_errors(1) * (2 / rest.numel()) ** 0.5
+
+
+@pytest.mark.usefixtures("float64")
+def test_posterior_of_the_signs_normalizes_and_starts_exact() -> None:
+    actor = ImplicitActor(3, 3)
+    posterior = SignPosterior(actor)
+    encoded, u = actor.encode(torch.randn(5, 3)), torch.randn(5, 3)
+    encoded = encoded._replace(logits=torch.randn(5, 3))
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    every = signs.unsqueeze(1).expand(-1, 5, -1)
+
+    def total() -> Tensor:
+        return posterior(encoded, u.expand(8, -1, -1), every).logsumexp(0)
+
+    assert torch.allclose(total(), torch.zeros(5), atol=1e-12)
+    # Before training, of normals around kappa b with variance 1 - kappa^2, by Bayes' rule.
+    normal = Normal(actor.sign_scale * every, (1 - actor.sign_scale**2) ** 0.5)
+    log_joint = normal.log_prob(u).sum(-1) + actor.log_choice(encoded, every)
+    found = posterior(encoded, u.expand(8, -1, -1), every)
+    assert torch.allclose(found, log_joint - log_joint.logsumexp(0), atol=1e-12)
+    with torch.no_grad():
+        posterior.net.last.weight.normal_()
+    assert torch.allclose(total(), torch.zeros(5), atol=1e-12)
 
 
 def test_spread_before_training() -> None:
@@ -144,16 +179,11 @@ def test_twin_critics_are_two() -> None:
     q: Tensor = critic(obs, action)
     assert q.shape == (2, 5)
     assert not torch.allclose(q[0], q[1])
-    layers = list(critic.layers)
-    by_hand = torch.cat([obs, action], -1)
-    for weight, bias in zip(layers[:-2:2], layers[1:-2:2], strict=True):
-        by_hand = torch.relu(by_hand @ weight + bias)
-    by_hand = (by_hand @ layers[-2] + layers[-1]).squeeze(-1)
-    assert torch.allclose(q, by_hand, atol=1e-10)
+    layers = list(critic.stack.layers)
     # A step on the sum of their losses is, for each, the step on its own.
     together = torch.autograd.grad(q.square().sum(), layers)
     for net in range(2):
-        alone = torch.autograd.grad(by_hand[net].square().sum(), layers, retain_graph=True)
+        alone = torch.autograd.grad(critic(obs, action)[net].square().sum(), layers)
         for one, other in zip(together, alone, strict=True):
             assert torch.allclose(one[net], other[net], atol=1e-10)
 
