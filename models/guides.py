@@ -39,7 +39,9 @@ class GaussianGuide(nn.Module):
         Location and scale as a transform: their part of the entropy's gradient is exact and free
         of noise, as a Normal's is, and the score has to be learned for the deviation alone.
         """
-        affine = dist.transforms.AffineTransform(*self.moments(features), event_dim=1)
+        # The deviation that a draw was made of is kept, so that its score need not undo the rest.
+        loc, scale = self.moments(features)
+        affine = dist.transforms.AffineTransform(loc, scale, event_dim=1, cache_size=1)
         return dist.TransformedDistribution(deviation, [affine], validate_args=False)
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:

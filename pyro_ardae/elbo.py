@@ -258,11 +258,15 @@ class _ImplicitELBO:
         site = self._site(name, fn, value)
 
         count = self._num_draws(source.batch_shape.numel())
-        center = fn.flat(source.zero_noise()) if site.estimator.needs_center else None
+        center: Tensor | None = None
 
         def draw() -> Tensor:
+            nonlocal center
             with torch.no_grad(), poutine.block():
-                samples = fn.flat(source.rsample(torch.Size((count,))))
+                if site.estimator.needs_center and center is None:
+                    samples, center = (fn.flat(draws) for draws in source.centered(count))
+                else:
+                    samples = fn.flat(source.rsample(torch.Size((count,))))
             if not torch.isfinite(samples.sum()):
                 raise ValueError(
                     f"implicit site '{name}': its sampler returned non-finite values. The step was "

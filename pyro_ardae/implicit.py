@@ -152,6 +152,16 @@ class Implicit(TorchDistribution):
         with torch.no_grad():
             return self.rsample(sample_shape)
 
+    def centered(self, count: int) -> tuple[Tensor, Tensor]:
+        """``count`` draws ``[count, *batch, *event]`` and :meth:`zero_noise`, by one pass of the
+        sampler, without a graph.
+        """
+        with torch.no_grad():
+            noise = self.noise.sample(Size((count,)))
+            noise = torch.cat([noise, torch.zeros_like(noise[:1])])
+            value = self._push(noise, Size((count + 1,)))
+        return value[:count], value[count]
+
     def flat(self, value: Tensor) -> Tensor:
         """Draws ``[*sample, *batch, *event]`` with one dimension for the event."""
         dims = len(self.event_shape)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork
+from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork, mean_square
 from pyro_ardae.score.reference import Reference
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.whitened import WhitenedEstimator
@@ -163,29 +163,25 @@ class ARDAE(WhitenedEstimator):
         """Antithetic pairs about w, their sigma, what is left for the network to cancel, and the
         noise's part of it.
         """
-        sigma = self.delta * torch.rand_like(w[..., :1]).mul_(1 - _LEAST).add_(_LEAST)
+        sigma = w.new_empty(*w.shape[:-1], 1).uniform_(_LEAST * self.delta, self.delta)
         u = torch.randn_like(w)
-        step, noise = sigma * u, u / sigma
-        x = torch.cat([w + step, w - step])
-        sigma = torch.cat([sigma, sigma])
-        target = base.score(x, sigma.square())
-        target[: len(w)].add_(noise)
-        target[len(w) :].sub_(noise)
-        return x, sigma, target, noise
+        u, sigma = torch.cat([u, -u]), torch.cat([sigma, sigma])
+        noise = u / sigma
+        x = u.mul_(sigma).unflatten(0, (2, -1)).add_(w).flatten(0, 1)
+        return x, sigma, base.score(x, sigma.square()).add_(noise), noise
 
     def _loss(
         self, w: Tensor, features: Tensor, base: Student | Reference
     ) -> tuple[Tensor, Tensor]:
         """Denoising loss over sigma squared, less the noise's own square."""
         x, sigma, target, noise = self._noised(w, base)
-        weight = torch.ones_like(sigma)
-        loss, gradient = self.network.loss(self.weights, x, sigma, features, target, weight)
+        loss, gradient = self.network.loss(self.weights, x, sigma, features, target)
         if self.ratio_weight and isinstance(base, Student):
             assert isinstance(self.network, EnergyNetwork)
             others = base.sample(w.shape, w)
             _, of_ratio = self.network.ratio_loss(self.weights, w, others, features)
             gradient.add_(of_ratio, alpha=self.ratio_weight)
-        return loss - noise.square().mean(), gradient
+        return loss - mean_square(noise), gradient
 
     def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:
         x, sigma, target, _ = self._noised(w, base)

@@ -12,13 +12,26 @@ every pass over the rows that is no matrix product.
 from __future__ import annotations
 
 import math
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EnergyNetwork", "ResidualNetwork"]
+__all__ = ["EnergyNetwork", "ResidualNetwork", "mean_square"]
+
+#: By layer.
+_Films = tuple[Tensor, ...]
+
+#: Of a hidden layer the input ``[n B, fan-in]``, its product with the weights and the slope of SiLU
+#: ``[n B, hidden]``.
+_Layer = tuple[Tensor, Tensor, Tensor]
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean of the squares, in one pass."""
+    x = x.reshape(-1)
+    return torch.dot(x, x) / x.numel()
 
 
 class _Modulated:
@@ -66,27 +79,33 @@ class _Modulated:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of the weights, or of their gradient."""
+        start = flat.storage_offset()  # one call a part: half the time of a slice and a view
         return [
-            flat[i:j].view(shape)
-            for (i, j), shape in zip(pairwise(self.offsets), self.shapes, strict=True)
+            flat.as_strided(shape, (*shape[1:], 1), start + offset)
+            for shape, offset in zip(self.shapes, self.offsets, strict=False)
         ]
 
-    def encode(self, parts: list[Tensor], features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Films ``[B, depth, 2, hidden]``: by layer, what is added to a scale of 1, and the shift.
+    def encode(self, parts: list[Tensor], features: Tensor) -> tuple[_Films, _Films, list[Tensor]]:
+        """Scales and shifts of the layers, ``[B, hidden]`` each (B = 1 without features), and what
+        their gradient needs.
+
+        Each is contiguous: a pass over rows with a strided one takes half as long again.
 
         :param features: ``[B, K]``.
-        :returns: the films (B = 1 without features), and what their gradient needs.
         """
-        shape = -1, self.depth, 2, self.hidden_dim
-        bias = parts[self.depth]
-        if not self.feature_dim:
-            return bias.view(shape), []
-        first, first_bias, second, second_bias, last = parts[self.depth + 1 : self.depth + 6]
-        a = torch.addmm(first_bias, features, first)
-        g = F.silu(a)
-        b = torch.addmm(second_bias, g, second)
-        h = F.silu(b)
-        return torch.addmm(bias, h, last).view(shape), [features, a, g, b, h]
+        count = 2 * self.depth
+        films = parts[self.depth].view(count, 1, self.hidden_dim)
+        encoded: list[Tensor] = []
+        if self.feature_dim:
+            first, first_bias, second, second_bias, last = parts[self.depth + 1 : self.depth + 6]
+            a = torch.addmm(first_bias, features, first)
+            g = F.silu(a)
+            b = torch.addmm(second_bias, g, second)
+            h = F.silu(b)
+            last = last.view(-1, count, self.hidden_dim).transpose(0, 1)
+            films = torch.baddbmm(films, h.expand(count, *h.shape), last)
+            encoded = [features, a, g, b, h]
+        return (1 + films[::2]).unbind(), films[1::2].unbind(), encoded
 
     def _encoder_gradient(
         self,
@@ -96,8 +115,12 @@ class _Modulated:
         d_films: Tensor,
         d_encoded: Tensor | None = None,
     ) -> None:
-        """Write the encoder's gradient, from that by the films and by its last layer."""
-        grads[self.depth].copy_(d_films.sum(0))
+        """Write the encoder's gradient, from that by the films and by its last layer.
+
+        :param d_films: ``[2 depth, B, hidden]``, a scale before each shift.
+        """
+        d_films = d_films.transpose(0, 1).flatten(1)
+        torch.sum(d_films, 0, out=grads[self.depth])
         if not self.feature_dim:
             return
         features, a, g, b, h = encoded
@@ -105,58 +128,91 @@ class _Modulated:
         d_first, d_first_bias, d_second, d_second_bias, d_last = grads[
             self.depth + 1 : self.depth + 6
         ]
-        torch.mm(h.mT, d_films, out=d_last)
-        d_h = d_films @ last.mT
+        torch.mm(h.t(), d_films, out=d_last)
+        d_h = d_films @ last.t()
         d_b = torch.ops.aten.silu_backward(d_h if d_encoded is None else d_h.add_(d_encoded), b)
-        torch.mm(g.mT, d_b, out=d_second)
-        d_second_bias.copy_(d_b.sum(0))
-        d_a = torch.ops.aten.silu_backward(d_b @ second.mT, a)
-        torch.mm(features.mT, d_a, out=d_first)
-        d_first_bias.copy_(d_a.sum(0))
+        torch.mm(g.t(), d_b, out=d_second)
+        torch.sum(d_b, 0, out=d_second_bias)
+        d_a = torch.ops.aten.silu_backward(d_b @ second.t(), a)
+        torch.mm(features.t(), d_a, out=d_first)
+        torch.sum(d_a, 0, out=d_first_bias)
+
+    def _last_hidden(
+        self, parts: list[Tensor], x: Tensor, scales: _Films, shifts: _Films
+    ) -> Tensor:
+        """Last hidden layer of ``x [n, B, D + 2]``, ``[n B, hidden]``."""
+        h, by_context = x.flatten(0, 1), (-1, *scales[0].shape)
+        for i in range(self.depth):
+            product = torch.mm(h, parts[i]).view(by_context)
+            g = F.silu(torch.addcmul(shifts[i], product, scales[i])).flatten(0, 1)
+            h = h + g if i else g
+        return h
 
     def _hidden(
-        self, parts: list[Tensor], x: Tensor, films: Tensor
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]]:
-        """Last hidden layer ``[n B, hidden]``; by layer input, product, sigmoid, SiLU and scale."""
-        h = x.view(-1, x.shape[-1])
+        self,
+        parts: list[Tensor],
+        x: Tensor,
+        scales: _Films,
+        shifts: _Films,
+        curves: list[Tensor] | None = None,
+    ) -> tuple[Tensor, list[_Layer]]:
+        """As :meth:`_last_hidden`, with what the gradient needs of every layer.
+
+        :param curves: takes the second derivatives of SiLU, if they are wanted.
+        """
+        h, one, by_context = x.flatten(0, 1), x.new_ones(()), (-1, *scales[0].shape)
         saved = []
+        argument: Tensor | None = None
         for i in range(self.depth):
-            scale = 1 + films[:, i, 0]
-            product = (h @ parts[i]).view(*x.shape[:-1], self.hidden_dim)
-            argument = torch.addcmul(films[:, i, 1], product, scale)
-            sigmoid = argument.sigmoid()
-            g = argument * sigmoid
-            saved.append((h, product, sigmoid, g, scale))
-            h = g.flatten(0, 1) + h if i else g.flatten(0, 1)
+            product = torch.mm(h, parts[i])
+            argument = torch.addcmul(shifts[i], product.view(by_context), scales[i], out=argument)
+            g = argument.view(-1, self.hidden_dim)
+            sigmoid = g.sigmoid()
+            g.mul_(sigmoid)
+            if curves is not None:  # (1 - s) (2 s + g (1 - 2 s))
+                curve = torch.addcmul(g, sigmoid, g, value=-2).add_(sigmoid, alpha=2)
+                curves.append(curve.addcmul_(sigmoid, curve, value=-1))
+            # torch's own derivative of SiLU takes the sigmoid again: twice as long.
+            slope = torch.lerp(g, one, sigmoid, out=sigmoid)
+            saved.append((h, product, slope))
+            if i:  # the next layer's argument may overwrite g
+                h = h + g
+            else:
+                h, argument = g, None
         return h, saved
 
     def _hidden_gradient(
         self,
         parts: list[Tensor],
         grads: list[Tensor],
-        films: Tensor,
-        saved: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
+        scales: _Films,
+        saved: list[_Layer],
         d_hidden: Tensor,
     ) -> Tensor:
-        """Write the layers' gradient, from that by the last one, and return that by the films."""
-        d_films = torch.empty_like(films)
+        """Write the layers' gradient, from that by the last one, and return that by the films.
+
+        What is saved is used up: in place, a pass fetches no memory that it only writes to.
+        """
+        by_context = (-1, *scales[0].shape)
+        d_films = d_hidden.new_empty(2 * self.depth, *scales[0].shape)
+        by_film = d_films.unbind()
         for i in reversed(range(self.depth)):
-            below, product, sigmoid, g, scale = saved[i]
-            # The derivative of SiLU. torch's own takes the sigmoid again: twice as long.
-            slope = torch.addcmul(sigmoid, sigmoid, g, value=-1).add_(g)
-            d_argument = slope.mul_(d_hidden.view(slope.shape))
-            d_films[:, i, 0] = product.mul_(d_argument).sum(0).sum_to_size(scale.shape)
-            d_films[:, i, 1] = d_argument.sum(0).sum_to_size(scale.shape)
-            d_product = d_argument.mul_(scale).flatten(0, 1)
-            torch.mm(below.mT, d_product, out=grads[i])
+            below, product, slope = saved[i]
+            d_product = slope.mul_(d_hidden)
+            d_argument = d_product.view(by_context)
+            torch.sum(product.mul_(d_product).view(by_context), 0, out=by_film[2 * i])
+            torch.sum(d_argument, 0, out=by_film[2 * i + 1])
+            d_argument.mul_(scales[i])  # from here on d_product is that
+            torch.mm(below.t(), d_product, out=grads[i])
             if i:
-                d_hidden.addmm_(d_product, parts[i].mT)
+                d_hidden.addmm_(d_product, parts[i].t())
         return d_films
 
     @staticmethod
     def inputs(w: Tensor, sigma: Tensor) -> Tensor:
         """``[n, B, D + 2]``: w, and two functions of sigma of the order of 1."""
-        return torch.cat([w, 3 * sigma.abs(), 9 * sigma.square()], -1)
+        level = 3 * sigma.abs()
+        return torch.cat([w, level, level.square()], -1)
 
 
 class ResidualNetwork(_Modulated):
@@ -180,8 +236,8 @@ class ResidualNetwork(_Modulated):
     ) -> Tensor:
         """``w [n, B, D]``, ``sigma [n, B, 1]``, ``features [B, K]`` to ``[n, B, D]``."""
         parts = self.split(flat)
-        films, _ = self.encode(parts, features)
-        h, _ = self._hidden(parts, self.inputs(w, sigma), films)
+        scales, shifts, _ = self.encode(parts, features)
+        h = self._last_hidden(parts, self.inputs(w, sigma), scales, shifts)
         gate = torch.addmm(parts[-1], h, parts[-2]).view(*w.shape[:-1], -1)
         return torch.addcmul(gate[..., : self.dim], gate[..., self.dim :], w)
 
@@ -192,27 +248,33 @@ class ResidualNetwork(_Modulated):
         sigma: Tensor,
         features: Tensor,
         target: Tensor,
-        weight: Tensor,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean square of ``target + weight * field``, and its gradient by the flat weights."""
+        """Mean square of ``target + weight * field``, and its gradient by the flat weights.
+
+        :param weight: 1 if left out.
+        """
         parts = self.split(flat)
-        films, encoded = self.encode(parts, features)
-        h, saved = self._hidden(parts, self.inputs(w, sigma), films)
+        scales, shifts, encoded = self.encode(parts, features)
+        h, saved = self._hidden(parts, self.inputs(w, sigma), scales, shifts)
         gate = torch.addmm(parts[-1], h, parts[-2])
-        value, weight = w.reshape(-1, self.dim), weight.expand(*w.shape[:-1], 1).reshape(-1, 1)
-        field = torch.addcmul(gate[:, : self.dim], gate[:, self.dim :], value)
-        error = torch.addcmul(target.reshape(-1, self.dim), weight, field)
-        loss = error.square().mean()
+        shift, factor = gate.split(self.dim, 1)
+        value = w.reshape(-1, self.dim)
+        field = torch.addcmul(shift, factor, value).view(w.shape)
+        error = target + field if weight is None else torch.addcmul(target, weight, field)
+        loss = mean_square(error)
 
         grad = torch.empty_like(flat)
         grads = self.split(grad)
+        d_field = error.mul_(2.0 / error.numel())
+        d_field = (d_field if weight is None else d_field * weight).reshape(-1, self.dim)
         d_gate = gate  # no longer needed: its memory is
-        torch.mul(error, weight * (2.0 / error.numel()), out=d_gate[:, : self.dim])
-        torch.mul(d_gate[:, : self.dim], value, out=d_gate[:, self.dim :])
+        shift.copy_(d_field)
+        torch.mul(d_field, value, out=factor)
         torch.sum(d_gate, 0, out=grads[-1])
-        torch.mm(h.mT, d_gate, out=grads[-2])
-        d_films = self._hidden_gradient(parts, grads, films, saved, d_gate @ parts[-2].mT)
-        self._encoder_gradient(parts, grads, encoded, d_films.flatten(1))
+        torch.mm(h.t(), d_gate, out=grads[-2])
+        d_films = self._hidden_gradient(parts, grads, scales, saved, d_gate @ parts[-2].t())
+        self._encoder_gradient(parts, grads, encoded, d_films)
         return loss, grad
 
 
@@ -237,14 +299,11 @@ class EnergyNetwork(_Modulated):
     ) -> Tensor:
         """``w [n, B, D]``, ``sigma [n, B, 1]``, ``features [B, K]`` to ``[n, B]``."""
         parts = self.split(flat)
-        films, encoded = self.encode(parts, features)
-        h = self.inputs(w, sigma)
-        for i in range(self.depth):
-            g = F.silu(torch.addcmul(films[:, i, 1], h @ parts[i], 1 + films[:, i, 0]))
-            h = h + g if i else g
+        scales, shifts, encoded = self.encode(parts, features)
+        h = self._last_hidden(parts, self.inputs(w, sigma), scales, shifts)
         quadratic = encoded[-1] @ parts[-1] if encoded else parts[-1]
         a, b = quadratic.chunk(2, -1)
-        return (h @ parts[-2]).squeeze(-1) + (w * torch.addcmul(a, b, w)).sum(-1)
+        return (h @ parts[-2]).view(w.shape[:-1]) + (w * torch.addcmul(a, b, w)).sum(-1)
 
     def field(
         self,
@@ -273,69 +332,73 @@ class EnergyNetwork(_Modulated):
         sigma: Tensor,
         features: Tensor,
         target: Tensor,
-        weight: Tensor,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean square of ``target + weight * field``, and its gradient by the flat weights."""
+        """Mean square of ``target + weight * field``, and its gradient by the flat weights.
+
+        :param weight: 1 if left out.
+        """
         parts = self.split(flat)
-        films, encoded = self.encode(parts, features)
+        scales, shifts, encoded = self.encode(parts, features)
         v, quadratic = parts[-2:]
-        _, saved = self._hidden(parts, self.inputs(w, sigma), films)
+        curves: list[Tensor] = []
+        _, saved = self._hidden(parts, self.inputs(w, sigma), scales, shifts, curves)
 
         # The energy's gradient by w: its adjoints by h, argument and product in every layer.
+        by_context = (-1, *scales[0].shape)
         adjoints = []
-        of_h = v.mT
+        of_h = v.t()
         for i in reversed(range(self.depth)):
-            _, _, sigmoid, g, scale = saved[i]
-            slope = torch.addcmul(sigmoid, sigmoid, g, value=-1).add_(g)
+            slope = saved[i][2]
             of_argument = slope * of_h
-            of_product = (of_argument * scale).flatten(0, 1)
-            adjoints.append((slope, of_h, of_argument, of_product))
-            below = (of_product @ parts[i].mT).view(*w.shape[:-1], -1)
-            of_h = of_h + below if i else below
+            of_product = (of_argument.view(by_context) * scales[i]).view_as(slope)
+            adjoints.append((of_h, of_argument, of_product))
+            below = of_product @ parts[i].t()
+            of_h = of_h + below if i else below.view(*w.shape[:-1], -1)
         adjoints.reverse()
         bowl = encoded[-1] @ quadratic if encoded else quadratic
         a, b = bowl.chunk(2, -1)
         slope_w = torch.addcmul(a, b, w, value=2).add_(of_h[..., : self.dim])
-        error = torch.addcmul(target, weight, slope_w, value=-1)
-        loss = error.square().mean()
+        field = slope_w.neg_()
+        error = target + field if weight is None else torch.addcmul(target, weight, field)
+        loss = mean_square(error)
 
         # With e the loss's gradient by the field, that by the weights is the one of the energy's
         # derivative along -e: reverse over forward. Its adjoints by the tangents are those above.
-        tangent_w = (error * weight).mul_(-2.0 / error.numel())
+        tangent_w = error.mul_(-2.0 / error.numel())
+        tangent_w = tangent_w if weight is None else tangent_w * weight
         grad = torch.empty_like(flat)
         grads = self.split(grad)
         moved = torch.zeros_like(saved[0][0])
         moved[:, : self.dim] = tangent_w.flatten(0, 1)
         tangents = []
         for i in range(self.depth):
-            product = (moved @ parts[i]).view(*w.shape[:-1], self.hidden_dim)
+            product = moved @ parts[i]
             tangents.append((moved, product))
-            g = (product * saved[i][4]).mul_(adjoints[i][0]).flatten(0, 1)
+            g = (product.view(by_context) * scales[i]).view_as(product).mul_(saved[i][2])
             moved = moved + g if i else g
         grads[-2].copy_(moved.sum(0).unsqueeze(-1))
-        d_films = torch.empty_like(films)
+        d_films = w.new_empty(2 * self.depth, *scales[0].shape)
         d_h: Tensor | None = None
         for i in reversed(range(self.depth)):
-            below, product, sigmoid, g, scale = saved[i]
-            slope, of_h, of_argument, of_product = adjoints[i]
+            below, product, slope = saved[i]
+            of_h, of_argument, of_product = adjoints[i]
             moved, tangent = tangents[i]
-            # The second derivative of SiLU: (1 - s) (2 s + g (1 - 2 s)).
-            curve = torch.addcmul(g, sigmoid, g, value=-2).add_(sigmoid, alpha=2)
-            curve.addcmul_(sigmoid, curve, value=-1)
-            d_argument = curve.mul_(tangent).mul_(scale).mul_(of_h)
+            d_argument = curves[i].mul_(tangent).mul_(of_h).view(by_context).mul_(scales[i])
             if d_h is not None:
-                d_argument.addcmul_(slope, d_h)
-            along = torch.addcmul(product.mul_(d_argument), of_argument, tangent)
-            d_films[:, i, 0] = along.sum(0).sum_to_size(scale.shape)
-            d_films[:, i, 1] = d_argument.sum(0).sum_to_size(scale.shape)
-            d_product = d_argument.mul_(scale).flatten(0, 1)
-            torch.mm(below.mT, d_product, out=grads[i])
-            grads[i].add_(moved.mT @ of_product)
+                d_argument.addcmul_(slope.view(by_context), d_h.view(by_context))
+            d_product = d_argument.view_as(slope)
+            along = torch.addcmul(product.mul_(d_product), of_argument, tangent).view(by_context)
+            torch.sum(along, 0, out=d_films[2 * i])
+            torch.sum(d_argument, 0, out=d_films[2 * i + 1])
+            d_argument.mul_(scales[i])
+            torch.mm(below.t(), d_product, out=grads[i])
+            grads[i].add_(moved.t() @ of_product)
             if i:
-                up = (d_product @ parts[i].mT).view_as(slope)
+                up = d_product @ parts[i].t()
                 d_h = up if d_h is None else d_h.add_(up)
         d_bowl = torch.cat([tangent_w.sum(0), (2 * w * tangent_w).sum(0)], -1)
-        self._bowl_gradient(parts, grads, encoded, d_films.flatten(1), d_bowl)
+        self._bowl_gradient(parts, grads, encoded, d_films, d_bowl)
         return loss, grad
 
     def ratio_loss(
@@ -348,9 +411,10 @@ class EnergyNetwork(_Modulated):
         :param others: of the base, ``[m, B, D]``.
         """
         parts = self.split(flat)
-        films, encoded = self.encode(parts, features)
+        scales, shifts, encoded = self.encode(parts, features)
         w = torch.cat([draws, others])
-        h, saved = self._hidden(parts, self.inputs(w, w.new_zeros(*w.shape[:-1], 1)), films)
+        level = w.new_zeros(*w.shape[:-1], 1)
+        h, saved = self._hidden(parts, self.inputs(w, level), scales, shifts)
         v, quadratic = parts[-2:]
         bowl = encoded[-1] @ quadratic if encoded else quadratic
         a, b = bowl.chunk(2, -1)
@@ -364,11 +428,11 @@ class EnergyNetwork(_Modulated):
         grad = torch.empty_like(flat)
         grads = self.split(grad)
         rows = d_energy.view(-1, 1)
-        torch.mm(h.mT, rows, out=grads[-2])
-        d_films = self._hidden_gradient(parts, grads, films, saved, rows @ v.mT)
+        torch.mm(h.t(), rows, out=grads[-2])
+        d_films = self._hidden_gradient(parts, grads, scales, saved, rows @ v.t())
         along = d_energy.unsqueeze(-1) * w
         d_bowl = torch.cat([along.sum(0), along.mul_(w).sum(0)], -1)
-        self._bowl_gradient(parts, grads, encoded, d_films.flatten(1), d_bowl)
+        self._bowl_gradient(parts, grads, encoded, d_films, d_bowl)
         return loss, grad
 
     def _bowl_gradient(
@@ -381,8 +445,8 @@ class EnergyNetwork(_Modulated):
     ) -> None:
         """Write the gradient of the quadratic part and the encoder."""
         if encoded:
-            torch.mm(encoded[-1].mT, d_bowl, out=grads[-1])
-            self._encoder_gradient(parts, grads, encoded, d_films, d_bowl @ parts[-1].mT)
+            torch.mm(encoded[-1].t(), d_bowl, out=grads[-1])
+            self._encoder_gradient(parts, grads, encoded, d_films, d_bowl @ parts[-1].t())
         else:
             grads[-1].copy_(d_bowl.sum(0, keepdim=True))
             self._encoder_gradient(parts, grads, encoded, d_films)

@@ -76,6 +76,17 @@ def test_zero_noise_is_the_samplers_output_for_zero() -> None:
     assert torch.equal(Implicit(affine, 2, context).zero_noise(), context)
 
 
+def test_centered_gives_draws_and_the_output_for_zero_noise() -> None:
+    q = Implicit(affine, 2, torch.randn(5, 2, requires_grad=True))
+    torch.manual_seed(0)
+    draws, center = q.centered(4)
+    torch.manual_seed(0)
+    assert torch.equal(draws, q.sample((4,)))
+    assert torch.equal(center, q.zero_noise())
+    assert not draws.requires_grad
+    assert not center.requires_grad
+
+
 def test_to_takes_dtype_of_the_context() -> None:
     assert (
         Implicit(affine, 2, torch.randn(5, 2, dtype=torch.float64)).sample().dtype == torch.float64
