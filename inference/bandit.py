@@ -51,10 +51,6 @@ __all__ = ["Options", "evaluate", "main", "train"]
 _CELLS = {1: 400, 2: 200}
 _POINTS = {1: 16, 2: 4}
 
-#: Factor on the temperature at first. Hotter than needed, one sign of the noise serves both modes
-#: (at 10, seed 1: a KL of .2 to .3 in 1d and 2d); weights that are products take less, too.
-ALPHA_START = {"1d": 3.0, "2d": 5.0, "6d": 4.0}
-
 
 @dataclass(frozen=True)
 class Options:
@@ -78,9 +74,8 @@ class Options:
     """CPU threads of torch."""
     out: Path = Path("runs/bandit")
     """Folder of results.csv."""
-    alpha_start: float | None = None
-    """Factor on the temperature at first, falling to 1 geometrically, ...; by default
-    that of ALPHA_START."""
+    alpha_start: float = 4.0
+    """Factor on the temperature at first, falling to 1 geometrically, ..."""
     alpha_share: float = 0.7
     """... over this share of the time. From the final temperature on, a mode that is dropped once
     stays dropped."""
@@ -88,7 +83,7 @@ class Options:
     """Share of the time after which step sizes fall, along a cosine, to zero."""
     config: Config = dataclasses.field(
         default_factory=lambda: Config(
-            auto_alpha=False, actor_learning_rate=2e-3, hidden_dims=(64, 64)
+            auto_alpha=False, actor_learning_rate=1e-3, hidden_dims=(64, 64)
         )
     )
     """Options of the agent."""
@@ -103,8 +98,6 @@ def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) ->
     policy = build_policy(config, Bandit.NUM_STATES, bandit.action_dim)
     agent = Agent(policy, bandit, config)
     clock = time.perf_counter if options.clock == "wall" else time.process_time
-    default = ALPHA_START["6d" if bandit.factorized else f"{bandit.action_dim}d"]
-    alpha_start = default if options.alpha_start is None else options.alpha_start
     score_rate, base = config.score_learning_rate, agent.log_alpha.clone()
     states = bandit.states().repeat(config.batch_size // Bandit.NUM_STATES, 1)
     started = clock()
@@ -113,7 +106,7 @@ def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) ->
         if progress >= 1:
             return agent
         left = max(0.0, 1 - progress / options.alpha_share) if options.alpha_share else 0.0
-        agent.log_alpha.copy_(base + left * math.log(alpha_start))
+        agent.log_alpha.copy_(base + left * math.log(options.alpha_start))
         past = max(0.0, (progress - options.decay_start) / (1 - options.decay_start))
         decay = 0.5 + 0.5 * math.cos(math.pi * past)
         agent.actor_optimizer.param_groups[0]["lr"] = config.actor_learning_rate * decay
@@ -232,7 +225,7 @@ def main() -> None:
 def _run(options: Options) -> None:
     if options.seconds <= 0:
         raise UserError(f"--seconds: expected a positive time, found {options.seconds}")
-    if options.alpha_start is not None and options.alpha_start <= 0:
+    if options.alpha_start <= 0:
         raise UserError(f"--alpha-start: expected a positive factor, found {options.alpha_start}")
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -6,7 +6,8 @@
 What ``python -m inference.bench learn`` runs: tasks, agents and seeds, one run after the other, in
 folders ``TASK-AGENT-seedN``. Called again with the same options it leaves out what is done and
 goes on with a run that has a checkpoint. Stable-Baselines3's SAC gets the options of the preset of
-``sac``, sees the same wrapped environments, and is evaluated by the same code with the same seeds.
+``sac`` but its own step size (3e-4 for all networks), sees the same wrapped environments, and is
+evaluated by the same code with the same seeds.
 
 ``learning.csv`` has a row for each evaluation of each run; the table that is printed has, for each
 task and agent, mean and standard deviation over seeds of the last evaluation's ``eval_return``, and
@@ -126,7 +127,6 @@ def _learn_sb3(config: Config, path: Path) -> None:
     model = SAC(
         "MlpPolicy",
         wrap(gymnasium.make(config.env)),
-        learning_rate=config.learning_rate,
         buffer_size=min(config.buffer_size, config.steps),
         learning_starts=config.learning_starts,
         batch_size=config.batch_size,

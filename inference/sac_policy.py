@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.actors import (
@@ -36,7 +37,9 @@ class Draw(NamedTuple):
     log_pi: Tensor
     """Log π of the action ``[B]``, with the gradient along the draw."""
     penalty: Tensor | None
-    """What keeps the policy in range, scalar, if something has to."""
+    """What keeps the draws in range, scalar, if something has to."""
+    gauge: Tensor | None
+    """What keeps the implicit part's mean at 0 and its variance at 1, scalar, if there is one."""
     log_choice: Tensor | None
     """Log-probability of the discrete part of the noise ``[B]``, if there is one."""
 
@@ -57,7 +60,7 @@ class ExplicitPolicy(nn.Module):
     def rsample(self, obs: Tensor, proposal: None = None) -> Draw:
         """A draw without penalty."""
         z, log_prob = self.actor.rsample_and_log_prob(obs)
-        return Draw(z, log_prob - log_tanh_slope(z), None, None)
+        return Draw(z, log_prob - log_tanh_slope(z), None, None, None)
 
     @torch.no_grad()
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,8 +74,10 @@ class ExplicitPolicy(nn.Module):
 
 
 class Proposal(NamedTuple):
-    """Signs, and draws of y given them, by which :meth:`ImplicitPolicy.fit` has learned."""
+    """What :meth:`ImplicitPolicy.fit` has learned by: valid until the actor's next step."""
 
+    encoded: Encoded
+    """The states as the actor sees them, differentiable."""
     sign: Tensor
     """``[1, B, D]``."""
     draws: Tensor
@@ -115,6 +120,10 @@ class ImplicitPolicy(nn.Module):
     #: and scale's to fit; the score of a y ten times narrower is ten times as steep.
     GAUGE = 1.0
 
+    #: Share of a state's own draws in the moments that are penalized, which few draws give with
+    #: much noise; the rest is the batch's.
+    OWN = 0.2
+
     def __init__(
         self,
         actor: ImplicitActor,
@@ -146,17 +155,18 @@ class ImplicitPolicy(nn.Module):
 
         :param obs: ``[B, obs_dim]``.
         """
+        encoded = self.actor.encode(obs)
         with torch.no_grad():
-            encoded = self.actor.encode(obs)
             sign = self.actor.choose(encoded)
+            odds = self.actor.log_odds(encoded, sign)
             draws = self.actor.deviate(encoded, sign, self.actor.noise(obs, self.num_draws))
             loc, log_scale = self.actor.place(encoded, sign)
             u = loc + log_scale.exp() * draws
         self.score_loss = self.estimator.update(draws, self._context(obs, sign))
-        (-self.signs(encoded, u, sign).mean()).backward()
+        self.signs(encoded.seen.detach(), odds, u, sign).mean().neg().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Proposal(sign, draws)
+        return Proposal(encoded, sign, draws)
 
     def rsample(self, obs: Tensor, proposal: Proposal) -> Draw:
         """A differentiable draw.
@@ -164,8 +174,7 @@ class ImplicitPolicy(nn.Module):
         :param obs: ``[B, obs_dim]``.
         :param proposal: what :meth:`fit` returned for it.
         """
-        sign, draws = proposal
-        encoded = self.actor.encode(obs)
+        encoded, sign, draws = proposal
         y = self.actor.deviate(encoded, sign, self.actor.noise(obs))
         still = y.detach()
         score, value = self.estimator.score_and_log_prob(still, draws, self._context(obs, sign))
@@ -179,28 +188,30 @@ class ImplicitPolicy(nn.Module):
         log_pi = (value + log_choice.detach() - log_sign - log_scale.sum(-1))[0]
         log_pi = log_pi - encoded.log_scale.sum(-1) - log_tanh_slope(z)
         log_pi = log_pi + (score * (y - still))[0].sum(-1) - (of_z[0] * (z - z.detach())).sum(-1)
-        penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y) + self._unit(y[0], draws)
-        return Draw(z, log_pi, penalty, log_choice[0])
+        penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y)
+        return Draw(z, log_pi, penalty, self._unit(y[0], draws), log_choice[0])
 
     def _context(self, obs: Tensor, sign: Tensor) -> Tensor:
         return torch.cat([obs, sign[0]], -1)
 
     def _tell(self, encoded: Encoded, u: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
         """Log r(b | z, s) ``[1, B]`` and its gradient by u."""
-        encoded = Encoded(*(one.detach() for one in encoded))
+        odds = self.actor.log_odds(encoded, sign).detach()
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            log_sign = self.signs(encoded, u, sign)
+            log_sign = self.signs(encoded.seen.detach(), odds, u, sign)
             (gradient,) = torch.autograd.grad(log_sign.sum(), u)
         return log_sign.detach(), gradient
 
     def _unit(self, y: Tensor, draws: Tensor) -> Tensor:
-        """A term whose gradient is that of half of (m^2 + (v - 1)^2 / 2), m and v being mean and
-        variance of y given state and signs, up to a constant factor: other draws estimate the
-        coefficients.
+        """A term whose gradient is, up to a constant factor, that of the divergence
+        (v - 1 - log v + m^2 / v) / 2 of normals, m and v being mean and variance of y, to first
+        order in m: other draws estimate the coefficients.
         """
         variance, mean = torch.var_mean(draws, 0)
+        typical = variance.mean(0).clamp_min(0.01)
         off = (variance - 1).clamp(max=3.0)
+        off, mean = (one.mean(0).lerp(one, self.OWN) / typical for one in (off, mean))
         return self.GAUGE * (0.5 * off * (y - mean).square() + mean * y).sum(-1).mean()
 
     @torch.no_grad()
@@ -213,7 +224,8 @@ class ImplicitPolicy(nn.Module):
         u = loc + log_scale.exp() * y
         z = (encoded.loc + encoded.log_scale.exp() * u)[0]
         log_prob = self.estimator.log_prob(y, y, self._context(obs, sign)) - log_scale.sum(-1)
-        log_prob += self.actor.log_choice(encoded, sign) - self.signs(encoded, u, sign)
+        odds = self.actor.log_odds(encoded, sign)
+        log_prob += F.logsigmoid(sign * odds).sum(-1) - self.signs(encoded.seen, odds, u, sign)
         return z, log_prob[0] - encoded.log_scale.sum(-1) - log_tanh_slope(z)
 
     @torch.no_grad()

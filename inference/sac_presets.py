@@ -78,7 +78,7 @@ class Config:
     """Discount factor, in [0, 1)."""
     tau: float = 0.005
     """Share of the new weights in an update of the target critics, in (0, 1]."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """Step size of Adam for critics and temperature."""
     actor_learning_rate: float = 3e-4
     """Step size of Adam for the actor."""
@@ -104,9 +104,9 @@ class Config:
     """sac-ardae: widths of the actor's layers that see the noise."""
     noise_scale: float = 1.0
     """sac-ardae: factor on the noise before the actor's first layer."""
-    spread: float = 0.6
+    spread: float = 1.0
     """sac-ardae: scale of the policy before the tanh, before training."""
-    sign_scale: float = 0.6
+    sign_scale: float = 0.85
     """sac-ardae: scale of the actor's random signs, before training."""
     min_scale: float = 0.05
     """sac-ardae: least scale of the noise that the actor's last layer adds."""

@@ -179,7 +179,9 @@ class Encoded(NamedTuple):
     log_scale: Tensor
     """Logarithm of the scale ``[*batch, D]``."""
     logits: Tensor
-    """Log odds of a positive sign ``[*batch, D]``."""
+    """Log odds of each sign's being positive, ``[*batch, D]``, ..."""
+    pairs: Tensor
+    """... and what each sign adds to those of the later ones, ``[*batch, D (D - 1) / 2]``."""
     seen: Tensor
     """What the layers that see signs and noise are told of the state, ``[*batch, S]``."""
 
@@ -191,12 +193,13 @@ class ImplicitActor(nn.Module):
         z &= \mu(s) + \sigma(s) \odot [ \kappa b + \mu'(s, b) + \sigma'(s, b) \odot y ], \\
         y &= \rho\, \epsilon_{1:D} + m(s, b, \epsilon) + t(s, b, \epsilon) \odot \epsilon'
 
-    b is a random sign for each action, positive with probability :math:`p_i(s)`. A continuous map
-    of Gaussian noise alone separates modes only by a steep slope, and shifts mass from one to the
+    b has a random sign for each action. Its distribution is a network's too, the log odds of a sign
+    being linear in those before it: bounded,
+    :math:`\mathrm{logit}\, p_i = l_i(s) + \sum_{j < i} B_{ij}(s)\, b_j`. A continuous map of
+    Gaussian noise alone separates modes only by a steep slope, and shifts mass from one to the
     other only through the few draws in between: with the exact score in place of an estimate, its
     policies stayed .3 to .7 nats from one with two modes, or dropped one. By the signs, modes are
-    apart without a slope, and their weights are the :math:`p_i`, which have a likelihood-ratio
-    gradient.
+    apart without a slope, and their weights have a likelihood-ratio gradient.
 
     Only y is implicit. Given state and signs, location and scale enter the density in closed form,
     and leave a y about as wide as 1 whatever the policy's width. The state is encoded once for any
@@ -212,7 +215,8 @@ class ImplicitActor(nn.Module):
         starts with the steep slopes that separated modes need.
     :param float spread: :math:`\sigma` before training, > 0.
     :param float sign_scale: :math:`\kappa`, in [0, 0.9]; :math:`\sigma'` starts at
-        :math:`(1 - \kappa^2)^{1/2}`, so that z starts about as wide as :math:`\sigma`.
+        :math:`(1 - \kappa^2)^{1/2}`, so that z starts about as wide as :math:`\sigma`. With 0.6
+        both modes could end under one value of a sign; from 0.85 on they start apart enough.
     :param float min_scale: lower bound of t, > 0. Thinner than that, no ridge forms for the score
         network to resolve.
     :param torch.dtype compute_dtype: as in :class:`~models.stack.ReLUStack`.
@@ -233,8 +237,8 @@ class ImplicitActor(nn.Module):
         noise_dim: int = 10,
         noise_hidden_dims: Sequence[int] = (64, 64),
         noise_scale: float = 1.0,
-        spread: float = 0.6,
-        sign_scale: float = 0.6,
+        spread: float = 1.0,
+        sign_scale: float = 0.85,
         min_scale: float = 0.05,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
@@ -250,17 +254,18 @@ class ImplicitActor(nn.Module):
         self.noise_scale, self.min_scale = noise_scale, min_scale
         self.sign_scale, self.base_scale = sign_scale, math.sqrt(1 - self.FIRST_SCALE**2)
         self.seen_dim = noise_hidden_dims[0]
-        sizes = (obs_dim, *hidden_dims, 3 * action_dim + self.seen_dim)
+        self.pair_dim = action_dim * (action_dim - 1) // 2
+        sizes = (obs_dim, *hidden_dims, sum(self._widths))
         self.trunk = ReLUStack(1, sizes, compute_dtype=compute_dtype)
         self.of_sign = nn.Linear(action_dim, self.seen_dim, bias=False)
         self.side = nn.Linear(self.seen_dim, 2 * action_dim)
         self.of_noise = nn.Linear(noise_dim + action_dim, self.seen_dim, bias=False)
         self.net = MLP((*noise_hidden_dims, 2 * action_dim), activation=nn.ReLU)
         with torch.no_grad():
-            _, scale, odds, _ = self.trunk.output_bias.split(self._widths, -1)
+            _, scale, *odds, _ = self.trunk.output_bias.split(self._widths, -1)
             scale.fill_(math.log(spread))
-            odds.zero_()
-            self.trunk.output_weight.split(self._widths, -1)[2].zero_()
+            for one in (*odds, *self.trunk.output_weight.split(self._widths, -1)[2:4]):
+                one.zero_()
             self.side.weight.zero_()
             loc, scale = self.side.bias.view(2, action_dim)
             loc.zero_()
@@ -271,23 +276,40 @@ class ImplicitActor(nn.Module):
 
     @property
     def _widths(self) -> list[int]:
-        return [self.action_dim] * 3 + [self.seen_dim]
+        return [self.action_dim] * 3 + [self.pair_dim, self.seen_dim]
 
     def encode(self, obs: Tensor) -> Encoded:
         """``obs [*batch, obs_dim]`` to what does not depend on chance."""
-        loc, log_scale, odds, seen = self.trunk(obs)[0].split(self._widths, -1)
-        logits = self.MAX_LOGIT * (odds / self.MAX_LOGIT).tanh()
-        return Encoded(loc, log_scale.clamp(*_LOG_SCALE), logits, seen)
+        loc, log_scale, logits, pairs, seen = self.trunk(obs)[0].split(self._widths, -1)
+        return Encoded(loc, log_scale.clamp(*_LOG_SCALE), logits, pairs, seen)
 
     def choose(self, encoded: Encoded, num_draws: int = 1) -> Tensor:
         """Random signs ``[num_draws, *batch, D]``."""
-        logits = encoded.logits.detach()
-        uniform = torch.rand((num_draws, *logits.shape), dtype=logits.dtype, device=logits.device)
-        return torch.where(uniform < logits.sigmoid(), 1.0, -1.0).to(logits)
+        logits = encoded.logits
+        shape = num_draws, *logits.shape
+        return self._signs(encoded, torch.rand(shape, dtype=logits.dtype, device=logits.device))
+
+    @torch.no_grad()
+    def _signs(self, encoded: Encoded, uniform: Tensor) -> Tensor:
+        """Signs by inversion of their distribution."""
+        level = uniform.logit().unbind(-1)
+        logits, pairs = encoded.logits.unbind(-1), encoded.pairs.unbind(-1)
+        found: list[Tensor] = []
+        for i in range(self.action_dim):
+            odds = logits[i]
+            for j, sign in enumerate(found):
+                odds = torch.addcmul(odds, pairs[i * (i - 1) // 2 + j], sign)
+            odds = _bounded(odds, self.MAX_LOGIT)
+            found.append(torch.where(level[i] <= odds, 1.0, -1.0).to(logits[i]))
+        return torch.stack(found, -1)
+
+    def log_odds(self, encoded: Encoded, sign: Tensor) -> Tensor:
+        """Of each sign's being positive, given those before it, ``[..., *batch, D]``."""
+        return _bounded(_with_pairs(encoded.logits, encoded.pairs, sign), self.MAX_LOGIT)
 
     def log_choice(self, encoded: Encoded, sign: Tensor) -> Tensor:
         """Log-probability of signs ``[..., *batch, D]``, ``[..., *batch]``."""
-        return F.logsigmoid(sign * encoded.logits).sum(-1)
+        return F.logsigmoid(sign * self.log_odds(encoded, sign)).sum(-1)
 
     def place(self, encoded: Encoded, sign: Tensor) -> tuple[Tensor, Tensor]:
         r"""Location of z given the signs ``[..., *batch, D]``, and logarithm of its scale, in units
@@ -328,16 +350,32 @@ class ImplicitActor(nn.Module):
         return self(obs, sign, self.noise(obs, num_draws))
 
     def center(self, obs: Tensor) -> Tensor:
-        """The z for the more probable signs and no other noise, ``[*batch, D]``."""
-        sign = torch.where(self.encode(obs).logits >= 0, 1.0, -1.0).to(obs)
-        return self(obs, sign.unsqueeze(0), torch.zeros_like(self.noise(obs)))[0]
+        """The z for signs each of which is the more probable one given those before it, and no
+        other noise, ``[*batch, D]``.
+        """
+        encoded = self.encode(obs)
+        sign = self._signs(encoded, torch.full_like(encoded.logits, 0.5).unsqueeze(0))
+        return self(obs, sign, torch.zeros_like(self.noise(obs)))[0]
+
+
+def _bounded(odds: Tensor, bound: float) -> Tensor:
+    return bound * (odds / bound).tanh()
+
+
+def _with_pairs(odds: Tensor, pairs: Tensor, sign: Tensor) -> Tensor:
+    """``odds [..., D]`` of signs, and what each adds to later ones, ``pairs [..., P]``."""
+    dim = odds.shape[-1]
+    if dim == 1:
+        return odds
+    later, earlier = torch.tril_indices(dim, dim, -1, device=odds.device)
+    return odds.expand_as(sign).index_add(-1, later, pairs * sign[..., earlier])
 
 
 class SignPosterior(nn.Module):
     r"""r(b | u, s): what a draw :math:`u = (z - \mu) / \sigma` of an :class:`ImplicitActor` tells
     of the signs that it came from. The log odds of a sign given those before it are
 
-    .. math:: \mathrm{logit}\, p_i(s) + w_i u_i + f_i(u, s) + \sum_{j < i} A_{ij}(u, s)\, b_j,
+    .. math:: \mathrm{logit}\, p_i + w_i u_i + f_i(u, s) + \sum_{j < i} A_{ij}(u, s)\, b_j,
 
     the prior's and, learned, the evidence. It starts with what u would tell if it were normal.
 
@@ -348,23 +386,24 @@ class SignPosterior(nn.Module):
     def __init__(self, actor: ImplicitActor, *, hidden_dim: int = 64) -> None:
         super().__init__()
         dim = actor.action_dim
-        self.pairs = torch.tril_indices(dim, dim, -1)
         self.of_state = nn.Linear(actor.seen_dim, hidden_dim)
         self.of_draw = nn.Linear(dim, hidden_dim, bias=False)
-        sizes = (hidden_dim, hidden_dim, dim + self.pairs.shape[1])
-        self.net = MLP(sizes, activation=nn.SiLU)
+        self.net = MLP((hidden_dim, hidden_dim, dim * (dim + 1) // 2), activation=nn.SiLU)
         nn.init.zeros_(self.net.last.weight)
         nn.init.zeros_(self.net.last.bias)
         slope = 2 * actor.sign_scale / (1 - actor.sign_scale**2)
         self.slope = nn.Parameter(torch.full((dim,), slope))
 
-    def forward(self, encoded: Encoded, u: Tensor, sign: Tensor) -> Tensor:
-        """Log r ``[..., *batch]`` of signs ``[..., *batch, D]``, given ``u [..., *batch, D]``."""
+    def forward(self, seen: Tensor, prior: Tensor, u: Tensor, sign: Tensor) -> Tensor:
+        """Log r ``[n, *batch]`` of signs.
+
+        :param seen: of the actor's ``Encoded``.
+        :param prior: log odds of the signs, ``[n or 1, *batch, D]``.
+        :param u: ``[n, *batch, D]``.
+        :param sign: as ``prior``.
+        """
         dim = u.shape[-1]
-        found = self.net(F.silu(self.of_state(encoded.seen) + self.of_draw(u)))
-        odds = encoded.logits + self.slope * u + found[..., :dim]
-        if dim > 1:
-            later, earlier = self.pairs
-            terms = found[..., dim:] * sign[..., earlier]
-            odds = odds.index_add(-1, later, terms)
-        return F.logsigmoid(sign * odds).sum(-1)
+        sign = sign.expand_as(u)
+        found = self.net(F.silu(self.of_state(seen) + self.of_draw(u)))
+        odds = prior + self.slope * u + found[..., :dim]
+        return F.logsigmoid(sign * _with_pairs(odds, found[..., dim:], sign)).sum(-1)

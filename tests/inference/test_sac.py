@@ -76,10 +76,14 @@ class LinearActor(nn.Module):
         self.fixed: Tensor | None = None
 
     def encode(self, obs: Tensor) -> Encoded:
-        return Encoded(obs @ self.loc, obs @ self.log_scale, torch.zeros_like(obs @ self.loc), obs)
+        loc = obs @ self.loc
+        return Encoded(loc, obs @ self.log_scale, torch.zeros_like(loc), loc[:, :0], obs)
 
     def choose(self, encoded: Encoded, num_draws: int = 1) -> Tensor:
         return torch.ones(num_draws, *encoded.loc.shape)
+
+    def log_odds(self, encoded: Encoded, sign: Tensor) -> Tensor:
+        return torch.zeros_like(sign)
 
     def log_choice(self, encoded: Encoded, sign: Tensor) -> Tensor:
         return math.log(0.5) * torch.ones_like(sign).sum(-1)
@@ -217,7 +221,8 @@ def test_gradient_by_the_signs(standard_errors: Callable[[int], float]) -> None:
     agent.actor_optimizer = torch.optim.SGD(actor.parameters(), 1.0)
     count = 20_000
     obs = torch.zeros(count, 1)
-    proposal = Proposal(actor.choose(actor.encode(obs)), torch.zeros(2, count, 1))
+    encoded = actor.encode(obs)
+    proposal = Proposal(encoded, actor.choose(encoded), torch.zeros(2, count, 1))
     agent.update_actor(obs, proposal, torch.full((count,), 7.0))
     odds = 4 * math.tanh(0.7 / 4)
     share = 1 / (1 + math.exp(-odds))
@@ -381,17 +386,17 @@ def test_draws_beyond_the_bounds_are_penalized() -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_penalty_on_the_moments_of_y() -> None:
-    """Its gradient is, in expectation, that of (m^2 + (v - 1)^2 / 2) / 2 per coordinate."""
+    """Its gradient is, in expectation, that of (v - 1 - log v) / 2 per coordinate."""
     agent, actor = linear_agent(Config(agent="sac-ardae", auto_alpha=False, bound=1e9))
     obs = torch.zeros(10_000, 3)
     with torch.no_grad():
         actor.factor.copy_(torch.diag(torch.tensor([0.5, 1.3])))
     agent.policy.BOUND_Y = 1e9
     agent.policy.num_draws = 64  # by few draws, large variances are cut off
-    penalty = agent.policy.rsample(obs, agent.policy.fit(obs)).penalty
-    (gradient,) = torch.autograd.grad(penalty, actor.factor)
-    # m = 0 and v = A^2: by A, (v - 1) A.
-    expected = torch.tensor([(0.25 - 1) * 0.5, (1.69 - 1) * 1.3])
+    gauge = agent.policy.rsample(obs, agent.policy.fit(obs)).gauge
+    (gradient,) = torch.autograd.grad(gauge, actor.factor)
+    # v = A^2: by A, (1 - 1 / v) A.
+    expected = torch.tensor([(1 - 1 / 0.25) * 0.5, (1 - 1 / 1.69) * 1.3])
     assert torch.allclose(gradient.diagonal(), expected, rtol=0.1)
 
 

@@ -94,64 +94,76 @@ def test_implicit_actor_by_hand() -> None:
         sign_scale=0.5,
     )
     with torch.no_grad():
-        actor.trunk.output_weight.normal_()
+        actor.trunk.output_weight.normal_(std=0.3)
         actor.side.weight.normal_(std=0.1)
     obs, noise = torch.randn(5, 3), torch.randn(6, 5, 6)
     head = actor.trunk(obs)[0]
     encoded = actor.encode(obs)
-    logits = 4 * (head[:, 4:6] / 4).tanh()
     sign = actor.choose(encoded, 6)
     assert set(sign.unique().tolist()) == {-1.0, 1.0}
-    hidden = torch.relu(head[:, 6:] + sign @ actor.of_sign.weight.mT)
+    hidden = torch.relu(head[:, 7:] + sign @ actor.of_sign.weight.mT)
     loc, log_scale = actor.side(hidden).chunk(2, -1)
     inputs = torch.cat([noise[..., :4], sign], -1)
-    hidden = torch.relu(head[:, 6:] + 2 * inputs @ actor.of_noise.weight.mT)
+    hidden = torch.relu(head[:, 7:] + 2 * inputs @ actor.of_noise.weight.mT)
     center, raw = actor.net.last(hidden).chunk(2, -1)
     y = 0.91**0.5 * noise[..., :2] + center
     y = y + (torch.log1p(raw.exp()) + actor.min_scale) * noise[..., 4:]
     assert torch.allclose(actor.deviate(encoded, sign, noise), y, atol=1e-12)
     z = head[:, :2] + head[:, 2:4].exp() * (0.5 * sign + loc + log_scale.exp() * y)
     assert torch.allclose(actor(obs, sign, noise), z, atol=1e-12)
-    expected = (sign * logits).sigmoid().log().sum(-1)
+    first, second = head[:, 4], head[:, 5] + head[:, 6] * sign[..., 0]
+    odds = 4 * torch.stack([first.expand_as(second), second], -1).div(4).tanh()
+    assert torch.allclose(actor.log_odds(encoded, sign), odds, atol=1e-12)
+    expected = (sign * odds).sigmoid().log().sum(-1)
     assert torch.allclose(actor.log_choice(encoded, sign), expected, atol=1e-12)
     # One sign for all draws.
     one = actor.deviate(encoded, sign[:1], noise)
     assert torch.equal(one, actor.deviate(encoded, sign[:1].expand(6, -1, -1), noise))
 
 
+def _all_signs(dim: int) -> Tensor:
+    """``[2 ** dim, 1, dim]``."""
+    return torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * dim).view(-1, 1, dim)
+
+
 def test_signs_have_their_probability(standard_errors: Callable[[int], float]) -> None:
-    actor = ImplicitActor(3, 2)
+    actor = ImplicitActor(3, 3)
     with torch.no_grad():
-        actor.trunk.output_bias[..., 4:6] = torch.tensor([1.0, -2.0])
-    obs, count = torch.randn(1, 3), 20_000
+        actor.trunk.output_bias[..., 6:12] = torch.tensor([1.0, -2.0, 0.3, 0.8, -1.0, 2.0])
+    obs, count, every = torch.randn(1, 3), 20_000, _all_signs(3)
     encoded = actor.encode(obs)
-    exact = encoded.logits[0].sigmoid()
-    share = (actor.choose(encoded, count)[:, 0] > 0).double().mean(0)
+    exact = actor.log_choice(encoded, every).exp().squeeze(-1).detach()
+    assert float(exact.sum()) == pytest.approx(1, abs=1e-6)
+    drawn = actor.choose(encoded, count)
+    share = (drawn == every.view(8, 1, 1, 3)).all(-1).float().mean((1, 2))
     error = (exact * (1 - exact) / count).sqrt()
-    assert ((share - exact).abs() < standard_errors(2) * error).all()
+    assert ((share - exact).abs() < standard_errors(8) * error).all()
+    # Without noise: the more probable sign, given those before it.
+    assert actor.log_odds(encoded, torch.tensor([[[1.0, -1.0, -1.0]]]))[0, 0].tolist()[2] < 0
 
 
 @pytest.mark.usefixtures("float64")
 def test_posterior_of_the_signs_normalizes_and_starts_exact() -> None:
     actor = ImplicitActor(3, 3)
     posterior = SignPosterior(actor)
-    encoded, u = actor.encode(torch.randn(5, 3)), torch.randn(5, 3)
-    encoded = encoded._replace(logits=torch.randn(5, 3))
-    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
-    every = signs.unsqueeze(1).expand(-1, 5, -1)
+    every, u = _all_signs(3).expand(-1, 5, -1), torch.randn(5, 3).expand(8, -1, -1)
+    encoded = actor.encode(torch.randn(5, 3))
+    encoded = encoded._replace(logits=torch.randn(5, 3), pairs=torch.randn(5, 3))
 
-    def total() -> Tensor:
-        return posterior(encoded, u.expand(8, -1, -1), every).logsumexp(0)
+    def found() -> Tensor:
+        return posterior(encoded.seen, actor.log_odds(encoded, every), u, every)
 
-    assert torch.allclose(total(), torch.zeros(5), atol=1e-12)
-    # Before training, of normals around kappa b with variance 1 - kappa^2, by Bayes' rule.
+    # Before training, of normals around kappa b with variance 1 - kappa^2, the evidence of Bayes'
+    # rule; the prior of a sign, though, does not know of the later draws.
+    actor_alone = encoded._replace(pairs=torch.zeros(5, 3))
     normal = Normal(actor.sign_scale * every, (1 - actor.sign_scale**2) ** 0.5)
-    log_joint = normal.log_prob(u).sum(-1) + actor.log_choice(encoded, every)
-    found = posterior(encoded, u.expand(8, -1, -1), every)
-    assert torch.allclose(found, log_joint - log_joint.logsumexp(0), atol=1e-12)
+    log_joint = normal.log_prob(u).sum(-1) + actor.log_choice(actor_alone, every)
+    independent = posterior(encoded.seen, actor.log_odds(actor_alone, every), u, every)
+    assert torch.allclose(independent, log_joint - log_joint.logsumexp(0), atol=1e-12)
+    assert torch.allclose(found().logsumexp(0), torch.zeros(5), atol=1e-12)
     with torch.no_grad():
         posterior.net.last.weight.normal_()
-    assert torch.allclose(total(), torch.zeros(5), atol=1e-12)
+    assert torch.allclose(found().logsumexp(0), torch.zeros(5), atol=1e-12)
 
 
 def test_spread_before_training() -> None:
