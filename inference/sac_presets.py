@@ -108,7 +108,7 @@ class Config:
     """sac-ardae: scale of the policy before the tanh, before training."""
     sign_scale: float = 0.85
     """sac-ardae: scale of the actor's random signs, before training."""
-    min_scale: float = 0.05
+    min_scale: float = 0.3
     """sac-ardae: least scale of the noise that the actor's last layer adds."""
     bound: float = 4.0
     """sac-ardae: magnitude before the tanh from which on a draw is penalized."""
@@ -183,10 +183,10 @@ def _preset(env: str, agent: AgentName) -> Config:
             eval_episodes=200,
             buffer_size=100_000,
             hidden_dims=(128, 128),
-            learning_rate=1e-3,
             actor_learning_rate=1e-3,
             auto_alpha=False,
             alpha=0.1,  # at 0.3 a Gaussian's first step is wide enough for all four goals
+            # Hotter at first: the critics have to know all goals before a policy settles on one.
             alpha_start=4.0,
             alpha_steps=5000,
         )

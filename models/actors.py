@@ -226,7 +226,7 @@ class ImplicitActor(nn.Module):
     MAX_LOGIT = 4.0
 
     #: t before training. :math:`\rho` makes y start about as wide as 1.
-    FIRST_SCALE = 0.3
+    FIRST_SCALE = 0.5
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class ImplicitActor(nn.Module):
         noise_scale: float = 1.0,
         spread: float = 1.0,
         sign_scale: float = 0.85,
-        min_scale: float = 0.05,
+        min_scale: float = 0.3,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

@@ -27,8 +27,9 @@ class MultiGoal(gymnasium.Env[Array, Array]):
     r"""A point in the plane that is to go to one of four equal goals (Haarnoja et al. 2017,
     `arXiv 1702.08165 <https://arxiv.org/abs/1702.08165>`_, section 5.1).
 
-    The point starts around the origin (standard deviation 0.1) and moves by the action, at most 1
-    per coordinate. With its position x after the step and the goals :math:`g_i` at distance 5, the
+    The point starts at the origin and moves by the action, at most 1 per coordinate. (Theirs starts
+    around it, with a standard deviation of 0.1: enough for a policy to choose the goal by where it
+    starts, whatever its distribution.) With its position x after the step and the goals :math:`g_i` at distance 5, the
     reward is
 
     .. math:: c\, [ -\min_i \lVert x - g_i \rVert^2 - 30 \lVert a \rVert^2
@@ -39,6 +40,7 @@ class MultiGoal(gymnasium.Env[Array, Array]):
 
     :param float reward_scale: c, > 0. The temperature of a policy is relative to it.
     :param float action_cost: weight of the squared action, >= 0.
+    :param float start_scale: standard deviation of the start, >= 0.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
@@ -46,8 +48,11 @@ class MultiGoal(gymnasium.Env[Array, Array]):
     LIMIT = 7.0
     RADIUS = 1.0
 
-    def __init__(self, *, reward_scale: float = 0.1, action_cost: float = 30.0) -> None:
+    def __init__(
+        self, *, reward_scale: float = 0.1, action_cost: float = 30.0, start_scale: float = 0.0
+    ) -> None:
         self.reward_scale, self.action_cost = reward_scale, action_cost
+        self.start_scale = start_scale
         self.observation_space = Box(-self.LIMIT, self.LIMIT, (2,), np.float64)
         self.action_space = Box(-1.0, 1.0, (2,), np.float32)
         self._position = np.zeros(2)
@@ -56,7 +61,7 @@ class MultiGoal(gymnasium.Env[Array, Array]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
         super().reset(seed=seed)
-        self._position = 0.1 * self.np_random.standard_normal(2)
+        self._position = self.start_scale * self.np_random.standard_normal(2)
         return self._position.copy(), {}
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
