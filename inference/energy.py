@@ -41,7 +41,7 @@ from inference.optim import TorchOptim
 from inference.run import RunFolder, write_csv
 from models.energies import ENERGIES, log_normalizer
 from models.networks import ACTIVATIONS
-from models.unconditional import FlowPosterior, GaussianPosterior, ImplicitPosterior, slope
+from models.unconditional import FlowPosterior, GaussianPosterior, ImplicitPosterior
 from pyro_ardae import ARDAE, TraceImplicit_ELBO
 
 __all__ = ["Training", "main", "run"]
@@ -115,11 +115,12 @@ class Training:
 
     def _target_score(self, z: Tensor) -> Tensor:
         """The score of the density that the guide approaches at this step."""
-        return -self.beta * slope(self.energy, z.detach())
+        return -self.beta * self.energy.slope(z)
 
     def _guide(self, beta: float) -> None:
         pyro.module("posterior", self.posterior)
-        pyro.sample("z", self.posterior())
+        implicit = isinstance(self.posterior, ImplicitPosterior)
+        pyro.sample("z", self.posterior(beta) if implicit else self.posterior())
 
 
 def build(
@@ -135,8 +136,9 @@ def build(
             spread=config.spread,
             width=config.width,
             input_scale=config.input_scale,
-            energy=ENERGIES[config.energy],
+            slope=ENERGIES[config.energy].slope,
             langevin_steps=config.langevin_steps,
+            step_size=config.langevin_step_size,
         )
         estimator = partial(
             ARDAE,

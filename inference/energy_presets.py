@@ -51,9 +51,9 @@ class Config:
     spread: float = 2.0
     """Scale of the guides' draws before training."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Implicit guide: step size of Adam."""
-    batch_size: int = 512
+    batch_size: int = 1024
     """Implicit guide: draws per step."""
     noise_dim: int = 10
     """Implicit guide: width of the noise."""
@@ -65,8 +65,10 @@ class Config:
     """Implicit guide: widths of the hidden layers."""
     activation: Literal["elu", "relu", "silu", "softplus", "tanh"] = "silu"
     """Implicit guide: activation of the hidden layers."""
-    langevin_steps: int = 4
+    langevin_steps: int = 24
     """Implicit guide: Langevin steps at its end."""
+    langevin_step_size: float = 0.01
+    """Implicit guide: their size."""
     num_score_samples: int = 1024
     """Implicit guide: draws by which the score is learned in a step."""
     num_score_updates: int = 1

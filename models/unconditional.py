@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pyro.distributions as dist
 import torch
@@ -16,31 +17,22 @@ from models.flows import import_zuko
 from models.networks import MLP
 from pyro_ardae import Implicit
 
-__all__ = ["FlowPosterior", "GaussianPosterior", "ImplicitPosterior", "slope"]
-
-
-def slope(energy: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """The gradient of an energy, ``[*, D]``, with a graph if z has one."""
-    graph = torch.is_grad_enabled() and z.requires_grad
-    with torch.enable_grad():
-        at = z if graph else z.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(energy(at).sum(), at, create_graph=graph)
-    return gradient
+__all__ = ["FlowPosterior", "GaussianPosterior", "ImplicitPosterior"]
 
 
 class ImplicitPosterior(nn.Module):
-    r"""A Gaussian whose mean and factor are networks of further noise, then a few Langevin steps.
+    r"""A Gaussian whose mean and factor are networks of further noise, then Langevin steps.
 
     .. math::
         z_0 &= s\, \epsilon_{1:D} + \mu(c\, \epsilon) + (t I + L(c\, \epsilon))\, \epsilon_0 \\
-        z_{k + 1} &= z_k - \frac{a_k \odot g_k}{1 + a_k \odot |g_k|} + b_k \odot \epsilon_{k + 1},
-            \quad g_k = \nabla U(z_k)
+        z_{k + 1} &= z_k - a\, \beta \nabla U(z_k) + \sqrt{2 a}\, \epsilon_{k + 1}
 
     The network distributes the mass, the steps mend its shape. Neither part has a density: a guide
-    that need only be sampled may contain the model's own gradient. The scales :math:`a_k` and
-    :math:`b_k` are learned, and the steps are not adjusted: what they lead to is left to the
-    training. Their drift is tamed (Brosse et al., "The tamed unadjusted Langevin algorithm",
-    Stochastic Processes and their Applications 2019, coordinatewise).
+    that need only be sampled may contain the model's own gradient. The steps are unadjusted, so a
+    has to be small; they have no parameters, and in the gradient their derivative is taken for
+    the identity: the network's draw is pulled to where the density is too low after the steps. This
+    is not the gradient of the divergence, but vanishes with it. It takes no second derivatives, and
+    no slope that shrinks by a factor with each step across a ridge and grows between two.
 
     :param int latent_dim: width D of the latent.
     :param int noise_dim: width of the noise :math:`\epsilon`, D at least.
@@ -50,10 +42,10 @@ class ImplicitPosterior(nn.Module):
     :param float width: t, the scale of the Gaussian before training.
     :param float input_scale: c. Above 1 the network starts with the higher frequencies that narrow
         and winding densities take.
-    :param Callable energy: U, ``[*, D]`` to ``[*]``, twice differentiable.
-    :param int langevin_steps: number of steps; none without an energy.
-    :param float step_size: a of every step before training, and half the square of b.
-    :raises ValueError: if the noise is too narrow, or steps are asked for without an energy.
+    :param Callable slope: the gradient of U, ``[*, D]`` to ``[*, D]``.
+    :param int langevin_steps: number of steps; none without a slope.
+    :param float step_size: a.
+    :raises ValueError: if the noise is too narrow, or steps are asked for without a slope.
     """
 
     def __init__(
@@ -66,43 +58,40 @@ class ImplicitPosterior(nn.Module):
         spread: float = 1.0,
         width: float = 0.5,
         input_scale: float = 1.0,
-        energy: Callable[[Tensor], Tensor] | None = None,
+        slope: Callable[[Tensor], Tensor] | None = None,
         langevin_steps: int = 0,
-        step_size: float = 0.02,
+        step_size: float = 0.01,
     ) -> None:
         super().__init__()
         if noise_dim < latent_dim:
             raise ValueError(
                 f"noise_dim: expected at least latent_dim = {latent_dim}, got {noise_dim}"
             )
-        if langevin_steps and energy is None:
-            raise ValueError(f"langevin_steps: expected 0 without an energy, got {langevin_steps}")
+        if langevin_steps and slope is None:
+            raise ValueError(f"langevin_steps: expected 0 without a slope, got {langevin_steps}")
         self.latent_dim = latent_dim
         self.noise_dim = noise_dim
         self.spread, self.width, self.input_scale = spread, width, input_scale
         outputs = latent_dim * (1 + latent_dim)
         self.net = MLP((noise_dim, *hidden_dims, outputs), activation=activation)
-        self.energy, self.langevin_steps = energy, langevin_steps
-        if langevin_steps:
-            shape = langevin_steps, latent_dim
-            self.log_drift = nn.Parameter(torch.full(shape, math.log(step_size)))
-            self.log_diffusion = nn.Parameter(torch.full(shape, 0.5 * math.log(2 * step_size)))
+        self.slope, self.langevin_steps, self.step_size = slope, langevin_steps, step_size
 
-    def forward(self) -> dist.TorchDistribution:
+    def forward(self, beta: float = 1.0) -> dist.TorchDistribution:
+        """The guide, whose steps lead to the density exp(-beta U)."""
         noise_dim = self.noise_dim + self.latent_dim * (1 + self.langevin_steps)
         zero = next(self.net.parameters()).new_zeros(noise_dim)
         noise = dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
-        return Implicit(self._transform, noise, None, (self.latent_dim,))
+        return Implicit(partial(self._transform, beta=beta), noise, None, (self.latent_dim,))
 
-    def _transform(self, noise: Tensor) -> Tensor:
+    def _transform(self, noise: Tensor, beta: float = 1.0) -> Tensor:
         noise, first, *rest = noise.split(
             [self.noise_dim, *[self.latent_dim] * (1 + self.langevin_steps)], -1
         )
-        z = self._start(noise, first)
-        for k, noise in enumerate(rest):
-            move = self.log_drift[k].exp() * slope(self.energy, z)
-            z = z - move / (1 + move.abs()) + self.log_diffusion[k].exp() * noise
-        return z
+        start = self._start(noise, first)
+        z = start.detach()
+        for noise in rest:
+            z = z - self.step_size * beta * self.slope(z) + (2 * self.step_size) ** 0.5 * noise
+        return z + (start - start.detach())
 
     def _start(self, noise: Tensor, last: Tensor) -> Tensor:
         output = self.net(self.input_scale * noise)

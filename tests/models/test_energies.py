@@ -59,6 +59,19 @@ def test_energy_and_gradient_are_finite_everywhere(energy: Energy) -> None:
     assert gradient.isfinite().all()
 
 
+@energies
+def test_slope_by_hand(energy: Energy, float64: None) -> None:
+    z = (4 * torch.randn(500, 2)).requires_grad_()
+    (expected,) = torch.autograd.grad(energy(z).sum(), z)
+    torch.testing.assert_close(energy.slope(z.detach()), expected)
+
+
+@energies
+def test_slope_by_hand_is_finite_everywhere(energy: Energy) -> None:
+    axis = torch.tensor([-1e3, -20.0, -6.0, 0.0, 1.0, 20.0, 1e3])
+    assert energy.slope(torch.cartesian_prod(axis, axis)).isfinite().all()
+
+
 def test_normalizers_known_in_closed_form() -> None:
     # U2 is a Gaussian ridge over a box of width 12 with Gaussian edges of variance 1/2; the box
     # also cuts z2, where the ridge has no mass left.
