@@ -186,6 +186,9 @@ def _preset(env: str, agent: AgentName) -> Config:
             actor_learning_rate=1e-3,
             auto_alpha=False,
             alpha=0.1,  # at 0.3 a Gaussian's first step is wide enough for all four goals
+            # Hotter at first: the critics have to know all goals before a policy settles on some.
+            alpha_start=4.0,
+            alpha_steps=5000,
         )
     return config
 
