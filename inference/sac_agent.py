@@ -108,7 +108,7 @@ class Agent:
         :param proposal: what ``policy.fit(obs)`` returned.
         :param baseline: values ``[B]`` of the states, of any other action there: less variance.
         """
-        z, log_pi, penalty, gauge, log_choice = self.policy.rsample(obs, proposal)
+        z, log_pi, penalty, log_choice = self.policy.rsample(obs, proposal)
         valued = z
         if penalty is not None:
             valued = z.clone()
@@ -122,8 +122,6 @@ class Agent:
             # What keeps a policy in range has to hold against the values, whatever their unit.
             weight = self.force.clamp_min(1.0).clone()
             loss = loss + weight * penalty + self.jacobian_clamp(obs)
-        if gauge is not None:
-            loss = loss + self.force.clamp_min(1.0) * gauge
         if log_choice is not None:
             # A discrete choice has no path to differentiate along, but a probability.
             regret = cost.detach() + baseline

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.actors import (
@@ -22,6 +21,7 @@ from models.actors import (
     GaussianActor,
     ImplicitActor,
     SignPosterior,
+    log_prob_of_signs,
     log_tanh_slope,
 )
 from pyro_ardae.score import ScoreEstimator
@@ -37,9 +37,7 @@ class Draw(NamedTuple):
     log_pi: Tensor
     """Log π of the action ``[B]``, with the gradient along the draw."""
     penalty: Tensor | None
-    """What keeps the draws in range, scalar, if something has to."""
-    gauge: Tensor | None
-    """What keeps the implicit part's mean at 0 and its variance at 1, scalar, if there is one."""
+    """What keeps the policy in range, scalar, if something has to."""
     log_choice: Tensor | None
     """Log-probability of the discrete part of the noise ``[B]``, if there is one."""
 
@@ -60,7 +58,7 @@ class ExplicitPolicy(nn.Module):
     def rsample(self, obs: Tensor, proposal: None = None) -> Draw:
         """A draw without penalty."""
         z, log_prob = self.actor.rsample_and_log_prob(obs)
-        return Draw(z, log_prob - log_tanh_slope(z), None, None, None)
+        return Draw(z, log_prob - log_tanh_slope(z), None, None)
 
     @torch.no_grad()
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,24 +180,26 @@ class ImplicitPolicy(nn.Module):
         u = loc + log_scale.exp() * y
         scale = encoded.log_scale.exp()
         z = (encoded.loc + scale * u)[0]
-        log_sign, of_u = self._tell(encoded, u, sign)
+        odds = self.actor.log_odds(encoded, sign)
+        log_choice = log_prob_of_signs(sign, odds)
+        log_sign, of_u = self._tell(encoded, odds, u, sign)
         of_z = of_u / scale.detach()
-        log_choice = self.actor.log_choice(encoded, sign)
         log_pi = (value + log_choice.detach() - log_sign - log_scale.sum(-1))[0]
         log_pi = log_pi - encoded.log_scale.sum(-1) - log_tanh_slope(z)
         log_pi = log_pi + (score * (y - still))[0].sum(-1) - (of_z[0] * (z - z.detach())).sum(-1)
-        penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y)
-        return Draw(z, log_pi, penalty, self._unit(y[0], draws), log_choice[0])
+        penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y) + self._unit(y[0], draws)
+        return Draw(z, log_pi, penalty, log_choice[0])
 
     def _context(self, obs: Tensor, sign: Tensor) -> Tensor:
         return torch.cat([obs, sign[0]], -1)
 
-    def _tell(self, encoded: Encoded, u: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    def _tell(
+        self, encoded: Encoded, odds: Tensor, u: Tensor, sign: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Log r(b | z, s) ``[1, B]`` and its gradient by u."""
-        odds = self.actor.log_odds(encoded, sign).detach()
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            log_sign = self.signs(encoded.seen.detach(), odds, u, sign)
+            log_sign = self.signs(encoded.seen.detach(), odds.detach(), u, sign)
             (gradient,) = torch.autograd.grad(log_sign.sum(), u)
         return log_sign.detach(), gradient
 
@@ -225,7 +225,7 @@ class ImplicitPolicy(nn.Module):
         z = (encoded.loc + encoded.log_scale.exp() * u)[0]
         log_prob = self.estimator.log_prob(y, y, self._context(obs, sign)) - log_scale.sum(-1)
         odds = self.actor.log_odds(encoded, sign)
-        log_prob += F.logsigmoid(sign * odds).sum(-1) - self.signs(encoded.seen, odds, u, sign)
+        log_prob += log_prob_of_signs(sign, odds) - self.signs(encoded.seen, odds, u, sign)
         return z, log_prob[0] - encoded.log_scale.sum(-1) - log_tanh_slope(z)
 
     @torch.no_grad()

@@ -29,7 +29,15 @@ from torch.distributions import Distribution
 from models.networks import MLP
 from models.stack import ReLUStack
 
-__all__ = ["Encoded", "FlowActor", "GaussianActor", "ImplicitActor", "log_tanh_slope"]
+__all__ = [
+    "Encoded",
+    "FlowActor",
+    "GaussianActor",
+    "ImplicitActor",
+    "SignPosterior",
+    "log_prob_of_signs",
+    "log_tanh_slope",
+]
 
 #: Bounds of the logarithm of a scale, those of Haarnoja et al.
 _LOG_SCALE = (-20.0, 2.0)
@@ -307,10 +315,6 @@ class ImplicitActor(nn.Module):
         """Of each sign's being positive, given those before it, ``[..., *batch, D]``."""
         return _bounded(_with_pairs(encoded.logits, encoded.pairs, sign), self.MAX_LOGIT)
 
-    def log_choice(self, encoded: Encoded, sign: Tensor) -> Tensor:
-        """Log-probability of signs ``[..., *batch, D]``, ``[..., *batch]``."""
-        return F.logsigmoid(sign * self.log_odds(encoded, sign)).sum(-1)
-
     def place(self, encoded: Encoded, sign: Tensor) -> tuple[Tensor, Tensor]:
         r"""Location of z given the signs ``[..., *batch, D]``, and logarithm of its scale, in units
         of what the state gives: :math:`\kappa b + \mu'` and :math:`\log \sigma'`.
@@ -356,6 +360,11 @@ class ImplicitActor(nn.Module):
         encoded = self.encode(obs)
         sign = self._signs(encoded, torch.full_like(encoded.logits, 0.5).unsqueeze(0))
         return self(obs, sign, torch.zeros_like(self.noise(obs)))[0]
+
+
+def log_prob_of_signs(sign: Tensor, log_odds: Tensor) -> Tensor:
+    """Signs ``[..., D]`` and the log odds of each one's being positive to ``[...]``."""
+    return F.logsigmoid(sign * log_odds).sum(-1)
 
 
 def _bounded(odds: Tensor, bound: float) -> Tensor:
@@ -406,4 +415,4 @@ class SignPosterior(nn.Module):
         sign = sign.expand_as(u)
         found = self.net(F.silu(self.of_state(seen) + self.of_draw(u)))
         odds = prior + self.slope * u + found[..., :dim]
-        return F.logsigmoid(sign * _with_pairs(odds, found[..., dim:], sign)).sum(-1)
+        return log_prob_of_signs(sign, _with_pairs(odds, found[..., dim:], sign))

@@ -85,9 +85,6 @@ class LinearActor(nn.Module):
     def log_odds(self, encoded: Encoded, sign: Tensor) -> Tensor:
         return torch.zeros_like(sign)
 
-    def log_choice(self, encoded: Encoded, sign: Tensor) -> Tensor:
-        return math.log(0.5) * torch.ones_like(sign).sum(-1)
-
     def place(self, encoded: Encoded, sign: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(sign), torch.zeros_like(sign)
 
@@ -393,8 +390,8 @@ def test_penalty_on_the_moments_of_y() -> None:
         actor.factor.copy_(torch.diag(torch.tensor([0.5, 1.3])))
     agent.policy.BOUND_Y = 1e9
     agent.policy.num_draws = 64  # by few draws, large variances are cut off
-    gauge = agent.policy.rsample(obs, agent.policy.fit(obs)).gauge
-    (gradient,) = torch.autograd.grad(gauge, actor.factor)
+    penalty = agent.policy.rsample(obs, agent.policy.fit(obs)).penalty
+    (gradient,) = torch.autograd.grad(penalty, actor.factor)
     # v = A^2: by A, (1 - 1 / v) A.
     expected = torch.tensor([(1 - 1 / 0.25) * 0.5, (1 - 1 / 1.69) * 1.3])
     assert torch.allclose(gradient.diagonal(), expected, rtol=0.1)

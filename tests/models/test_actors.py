@@ -16,6 +16,7 @@ from models.actors import (
     GaussianActor,
     ImplicitActor,
     SignPosterior,
+    log_prob_of_signs,
     log_tanh_slope,
 )
 from models.critics import TwinCritic
@@ -115,7 +116,9 @@ def test_implicit_actor_by_hand() -> None:
     odds = 4 * torch.stack([first.expand_as(second), second], -1).div(4).tanh()
     assert torch.allclose(actor.log_odds(encoded, sign), odds, atol=1e-12)
     expected = (sign * odds).sigmoid().log().sum(-1)
-    assert torch.allclose(actor.log_choice(encoded, sign), expected, atol=1e-12)
+    assert torch.allclose(
+        log_prob_of_signs(sign, actor.log_odds(encoded, sign)), expected, atol=1e-12
+    )
     # One sign for all draws.
     one = actor.deviate(encoded, sign[:1], noise)
     assert torch.equal(one, actor.deviate(encoded, sign[:1].expand(6, -1, -1), noise))
@@ -132,7 +135,7 @@ def test_signs_have_their_probability(standard_errors: Callable[[int], float]) -
         actor.trunk.output_bias[..., 6:12] = torch.tensor([1.0, -2.0, 0.3, 0.8, -1.0, 2.0])
     obs, count, every = torch.randn(1, 3), 20_000, _all_signs(3)
     encoded = actor.encode(obs)
-    exact = actor.log_choice(encoded, every).exp().squeeze(-1).detach()
+    exact = log_prob_of_signs(every, actor.log_odds(encoded, every)).exp().squeeze(-1).detach()
     assert float(exact.sum()) == pytest.approx(1, abs=1e-6)
     drawn = actor.choose(encoded, count)
     share = (drawn == every.view(8, 1, 1, 3)).all(-1).float().mean((1, 2))
@@ -157,7 +160,9 @@ def test_posterior_of_the_signs_normalizes_and_starts_exact() -> None:
     # rule; the prior of a sign, though, does not know of the later draws.
     actor_alone = encoded._replace(pairs=torch.zeros(5, 3))
     normal = Normal(actor.sign_scale * every, (1 - actor.sign_scale**2) ** 0.5)
-    log_joint = normal.log_prob(u).sum(-1) + actor.log_choice(actor_alone, every)
+    log_joint = normal.log_prob(u).sum(-1) + log_prob_of_signs(
+        every, actor.log_odds(actor_alone, every)
+    )
     independent = posterior(encoded.seen, actor.log_odds(actor_alone, every), u, every)
     assert torch.allclose(independent, log_joint - log_joint.logsumexp(0), atol=1e-12)
     assert torch.allclose(found().logsumexp(0), torch.zeros(5), atol=1e-12)
