@@ -136,9 +136,10 @@ def build(
             spread=config.spread,
             width=config.width,
             input_scale=config.input_scale,
-            slope=ENERGIES[config.energy].slope,
-            langevin_steps=config.langevin_steps,
+            energy=ENERGIES[config.energy].value_and_slope,
+            num_moves=config.moves,
             step_size=config.langevin_step_size,
+            jump_scale=config.jump_scale,
         )
         estimator = partial(
             ARDAE,

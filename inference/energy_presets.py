@@ -42,16 +42,16 @@ class Config:
 
     beta_start: float = 0.1
     """Inverse temperature at the first step, in (0, 1]; it rises to 1 geometrically, ..."""
-    beta_share: float = 0.5
+    beta_share: float = 0.4
     """... over this share of the run."""
     decay_start: float = 0.5
     """Share of the run after which step sizes fall, along a cosine, to zero."""
-    average_decay: float = 0.99
+    average_decay: float = 0.998
     """Decay of the Polyak average of the guide, which is what is evaluated."""
     spread: float = 2.0
     """Scale of the guides' draws before training."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Implicit guide: step size of Adam."""
     batch_size: int = 1024
     """Implicit guide: draws per step."""
@@ -65,10 +65,12 @@ class Config:
     """Implicit guide: widths of the hidden layers."""
     activation: Literal["elu", "relu", "silu", "softplus", "tanh"] = "silu"
     """Implicit guide: activation of the hidden layers."""
-    langevin_steps: int = 24
-    """Implicit guide: Langevin steps at its end."""
-    langevin_step_size: float = 0.01
-    """Implicit guide: their size."""
+    moves: int = 24
+    """Implicit guide: Metropolis moves at its end, of three a jump and two Langevin steps."""
+    langevin_step_size: float = 0.04
+    """Implicit guide: size of a Langevin step; they go round in 0.25 to 2 times this."""
+    jump_scale: float = 2.0
+    """Implicit guide: standard deviation of a jump."""
     num_score_samples: int = 1024
     """Implicit guide: draws by which the score is learned in a step."""
     num_score_updates: int = 1

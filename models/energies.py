@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -47,23 +48,36 @@ class Energy:
     :param Callable formula: points ``[*, 2]`` to the energy of the paper ``[*]``.
     :param tuple[float, ...] cuts: values of z1 at which ridges part or join. The pieces into which
         these lines cut the region of high density are the modes that are counted.
-    :param Callable gradient: points to the formula's gradient ``[*, 2]``, if not by autograd, which
-        takes three times as long.
+    :param Callable with_gradient: points to the formula's value ``[*]`` and gradient ``[*, 2]``, if
+        not by autograd, which takes three times as long.
     """
 
     name: str
     formula: Callable[[Tensor], Tensor]
     cuts: tuple[float, ...] = ()
-    gradient: Callable[[Tensor], Tensor] | None = None
+    with_gradient: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         """The energy with the soft box: ``[*, 2]`` to ``[*]``."""
-        return self.formula(z) + (z.abs() - BOX).clamp_min(0).square().sum(-1)
+        return self.formula(z) + F.softshrink(z, BOX).square().sum(-1)
+
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The energy with the soft box and its gradient: ``[*, 2]`` to ``[*]`` and ``[*, 2]``."""
+        outside = F.softshrink(z, BOX)
+        value, gradient = (self.with_gradient or self._by_autograd)(z)
+        return value + outside.square().sum(-1), torch.add(gradient, outside, alpha=2)
+
+    def _by_autograd(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        def total(z: Tensor) -> tuple[Tensor, Tensor]:
+            value = self.formula(z)
+            return value.sum(), value
+
+        gradient, value = torch.func.grad(total, has_aux=True)(z)
+        return value, gradient
 
     def slope(self, z: Tensor) -> Tensor:
         """The gradient of the energy with the soft box: ``[*, 2]`` to ``[*, 2]``."""
-        gradient = self.gradient or torch.func.grad(lambda z: self.formula(z).sum())
-        return gradient(z) + 2 * z.sign() * (z.abs() - BOX).clamp_min(0)
+        return self.value_and_slope(z)[1]
 
     def model(self, beta: float = 1.0) -> None:
         """The Pyro model: one latent ``z``, whose log-density is ``-beta * U(z)``, unnormalized.
@@ -98,10 +112,6 @@ def _ridge(z: Tensor) -> Tensor:
     return torch.sin(math.pi / 2 * z[..., 0])
 
 
-def _slope_of_ridge(z: Tensor) -> Tensor:
-    return math.pi / 2 * torch.cos(math.pi / 2 * z[..., 0])
-
-
 def _u1(z: Tensor) -> Tensor:
     # hypot has no gradient at the origin; this far below rounding nothing else changes.
     radius = (z.square().sum(-1) + 1e-12).sqrt()
@@ -109,21 +119,27 @@ def _u1(z: Tensor) -> Tensor:
     return -_bump(radius - 2, 0.4) - left_and_right
 
 
-def _gradient_of_u1(z: Tensor) -> Tensor:
-    radius = (z.square().sum(-1, keepdim=True) + 1e-12).sqrt()
-    x, y = (z * ((radius - 2) / (0.4**2 * radius))).unbind(-1)
+def _u1_with_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
+    x = z[..., 0]
+    radius = (z.square().sum(-1) + 1e-12).sqrt()
+    left, right = _bump(x + 2, 0.6), _bump(x - 2, 0.6)
+    off = (radius - 2) / 0.4
+    gradient = z * (off / (0.4 * radius)).unsqueeze(-1)
     # Of the two bumps, the difference of their shares is a hyperbolic tangent.
-    along = (z[..., 0] - 2 * torch.tanh(2 / 0.6**2 * z[..., 0])) / 0.6**2
-    return torch.stack([x + along, y], -1)
+    gradient[..., 0] += (x - 2 * torch.tanh((right - left) / 2)) / 0.6**2
+    return 0.5 * off.square() - torch.logaddexp(left, right), gradient
 
 
 def _u2(z: Tensor) -> Tensor:
     return -_bump(z[..., 1] - _ridge(z), 0.4)
 
 
-def _gradient_of_u2(z: Tensor) -> Tensor:
-    across = (z[..., 1] - _ridge(z)) / 0.4**2
-    return torch.stack([-across * _slope_of_ridge(z), across], -1)
+def _u2_with_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = z.unbind(-1)
+    angle = math.pi / 2 * x
+    off = (y - angle.sin()) / 0.4
+    across = off / 0.4
+    return 0.5 * off.square(), torch.stack([-math.pi / 2 * angle.cos() * across, across], -1)
 
 
 def _fork(z: Tensor, apart: Tensor, scale: float) -> Tensor:
@@ -132,13 +148,20 @@ def _fork(z: Tensor, apart: Tensor, scale: float) -> Tensor:
     return -torch.logaddexp(_bump(above, scale), _bump(above + apart, 0.35))
 
 
-def _gradient_of_fork(z: Tensor, apart: Tensor, slope: Tensor, scale: float) -> Tensor:
-    """Its gradient, with the derivative of ``apart`` by z1."""
-    above = z[..., 1] - _ridge(z)
-    share = torch.sigmoid(_bump(above + apart, 0.35) - _bump(above, scale))
-    lower = share * (above + apart) / 0.35**2
-    across = lower + (1 - share) * above / scale**2
-    return torch.stack([lower * slope - across * _slope_of_ridge(z), across], -1)
+def _fork_with_gradient(
+    z: Tensor, apart: Tensor, slope: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """It and its gradient, with the derivative of ``apart`` by z1."""
+    x, y = z.unbind(-1)
+    angle = math.pi / 2 * x
+    above = y - angle.sin()
+    below = above + apart
+    upper_log, lower_log = _bump(above, scale), _bump(below, 0.35)
+    share = torch.sigmoid(lower_log - upper_log)
+    lower = share * below / 0.35**2
+    across = torch.addcmul(lower, 1 - share, above, value=1 / scale**2)
+    along = lower * slope - math.pi / 2 * angle.cos() * across
+    return -torch.logaddexp(upper_log, lower_log), torch.stack([along, across], -1)
 
 
 def _u3_apart(z: Tensor) -> Tensor:
@@ -149,9 +172,9 @@ def _u3(z: Tensor) -> Tensor:
     return _fork(z, _u3_apart(z), 0.35)
 
 
-def _gradient_of_u3(z: Tensor) -> Tensor:
+def _u3_with_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
     apart = _u3_apart(z)
-    return _gradient_of_fork(z, apart, -apart * (z[..., 0] - 1) / 0.6**2, 0.35)
+    return _fork_with_gradient(z, apart, -apart * (z[..., 0] - 1) / 0.6**2, 0.35)
 
 
 def _u4_apart(z: Tensor) -> Tensor:
@@ -162,16 +185,16 @@ def _u4(z: Tensor) -> Tensor:
     return _fork(z, _u4_apart(z), 0.4)
 
 
-def _gradient_of_u4(z: Tensor) -> Tensor:
+def _u4_with_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
     apart = _u4_apart(z)
-    return _gradient_of_fork(z, apart, apart * (1 - apart / 3) / 0.3, 0.4)
+    return _fork_with_gradient(z, apart, apart * (1 - apart / 3) / 0.3, 0.4)
 
 
 #: The energies by name. The ridges of U3 part at z1 = 0.3 and meet again at 1.7, those of U4 part
 #: at 1.1: where the valley between them is a tenth of the highest density deep.
 ENERGIES: dict[str, Energy] = {
-    "u1": Energy("u1", _u1, gradient=_gradient_of_u1),
-    "u2": Energy("u2", _u2, gradient=_gradient_of_u2),
-    "u3": Energy("u3", _u3, (0.3, 1.7), _gradient_of_u3),
-    "u4": Energy("u4", _u4, (1.1,), _gradient_of_u4),
+    "u1": Energy("u1", _u1, with_gradient=_u1_with_gradient),
+    "u2": Energy("u2", _u2, with_gradient=_u2_with_gradient),
+    "u3": Energy("u3", _u3, (0.3, 1.7), _u3_with_gradient),
+    "u4": Energy("u4", _u4, (1.1,), _u4_with_gradient),
 }

@@ -21,18 +21,26 @@ __all__ = ["FlowPosterior", "GaussianPosterior", "ImplicitPosterior"]
 
 
 class ImplicitPosterior(nn.Module):
-    r"""A Gaussian whose mean and factor are networks of further noise, then Langevin steps.
+    r"""A Gaussian whose mean and factor are networks of further noise, then Metropolis moves.
 
     .. math::
         z_0 &= s\, \epsilon_{1:D} + \mu(c\, \epsilon) + (t I + L(c\, \epsilon))\, \epsilon_0 \\
-        z_{k + 1} &= z_k - a\, \beta \nabla U(z_k) + \sqrt{2 a}\, \epsilon_{k + 1}
+        z' &= z_k + j\, \epsilon_{k + 1} \quad\text{(a jump), or} \quad
+        z' = z_k - a_k\, \beta \nabla U(z_k) + \sqrt{2 a_k}\, \epsilon_{k + 1}
+        \quad\text{(a Langevin step)}
 
-    The network distributes the mass, the steps mend its shape. Neither part has a density: a guide
-    that need only be sampled may contain the model's own gradient. The steps are unadjusted, so a
-    has to be small; they have no parameters, and in the gradient their derivative is taken for
-    the identity: the network's draw is pulled to where the density is too low after the steps. This
-    is not the gradient of the divergence, but vanishes with it. It takes no second derivatives, and
-    no slope that shrinks by a factor with each step across a ridge and grows between two.
+    and :math:`z_{k + 1}` is z' or, refused by Metropolis and Hastings' rule, :math:`z_k`. The
+    network distributes the mass, Langevin steps mend its shape, jumps carry what is left over from
+    one ridge to another, whose shares a gradient hardly sees. Neither network nor moves have a
+    density: a guide that need only be sampled may contain the model's own gradient. A move leaves
+    the density exp(-β U) as it is, whatever its size, and brings any other closer to it. Every
+    third is a jump; the sizes of the others go round in multiples of a, as wide ones get along a
+    ridge and narrow ones are accepted where it bends.
+
+    In the gradient the moves' derivative is taken for the identity: the network's draw is pulled to
+    where the density is too low after the moves. This is not the gradient of the divergence, but
+    vanishes with it. It takes no second derivatives, and no slope that shrinks by a factor with
+    each step across a ridge and grows between two.
 
     :param int latent_dim: width D of the latent.
     :param int noise_dim: width of the noise :math:`\epsilon`, D at least.
@@ -42,11 +50,18 @@ class ImplicitPosterior(nn.Module):
     :param float width: t, the scale of the Gaussian before training.
     :param float input_scale: c. Above 1 the network starts with the higher frequencies that narrow
         and winding densities take.
-    :param Callable slope: the gradient of U, ``[*, D]`` to ``[*, D]``.
-    :param int langevin_steps: number of steps; none without a slope.
+    :param Callable energy: U and its gradient, ``[*, D]`` to ``[*]`` and ``[*, D]``.
+    :param int num_moves: number of moves; none without an energy.
     :param float step_size: a.
-    :raises ValueError: if the noise is too narrow, or steps are asked for without a slope.
+    :param float jump_scale: j.
+    :raises ValueError: if the noise is too narrow, or moves are asked for without an energy.
+
+    Reference for the steps: Roberts, Tweedie, "Exponential convergence of Langevin distributions
+    and their discrete approximations", Bernoulli 1996.
     """
+
+    #: Sizes of Langevin steps in units of a.
+    SIZES = (0.25, 0.5, 1.0, 2.0)
 
     def __init__(
         self,
@@ -58,40 +73,68 @@ class ImplicitPosterior(nn.Module):
         spread: float = 1.0,
         width: float = 0.5,
         input_scale: float = 1.0,
-        slope: Callable[[Tensor], Tensor] | None = None,
-        langevin_steps: int = 0,
-        step_size: float = 0.01,
+        energy: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        num_moves: int = 0,
+        step_size: float = 0.04,
+        jump_scale: float = 2.0,
     ) -> None:
         super().__init__()
         if noise_dim < latent_dim:
             raise ValueError(
                 f"noise_dim: expected at least latent_dim = {latent_dim}, got {noise_dim}"
             )
-        if langevin_steps and slope is None:
-            raise ValueError(f"langevin_steps: expected 0 without a slope, got {langevin_steps}")
+        if num_moves and energy is None:
+            raise ValueError(f"num_moves: expected 0 without an energy, got {num_moves}")
         self.latent_dim = latent_dim
         self.noise_dim = noise_dim
         self.spread, self.width, self.input_scale = spread, width, input_scale
         outputs = latent_dim * (1 + latent_dim)
         self.net = MLP((noise_dim, *hidden_dims, outputs), activation=activation)
-        self.slope, self.langevin_steps, self.step_size = slope, langevin_steps, step_size
+        self.energy, self.num_moves = energy, num_moves
+        self.step_size, self.jump_scale = step_size, jump_scale
 
     def forward(self, beta: float = 1.0) -> dist.TorchDistribution:
-        """The guide, whose steps lead to the density exp(-beta U)."""
-        noise_dim = self.noise_dim + self.latent_dim * (1 + self.langevin_steps)
-        zero = next(self.net.parameters()).new_zeros(noise_dim)
+        """The guide, whose moves lead to the density exp(-beta U)."""
+        zero = next(self.net.parameters()).new_zeros(sum(self._widths))
         noise = dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
         return Implicit(partial(self._transform, beta=beta), noise, None, (self.latent_dim,))
 
+    @property
+    def _widths(self) -> list[int]:
+        """Of the noise: the network's, its Gaussian's, that of all moves, that of all choices."""
+        moves = self.num_moves
+        return [self.noise_dim, self.latent_dim, moves * self.latent_dim, moves * 2]
+
     def _transform(self, noise: Tensor, beta: float = 1.0) -> Tensor:
-        noise, first, *rest = noise.split(
-            [self.noise_dim, *[self.latent_dim] * (1 + self.langevin_steps)], -1
-        )
+        noise, first, moves, choices = noise.split(self._widths, -1)
         start = self._start(noise, first)
-        z = start.detach()
-        for noise in rest:
-            z = z - self.step_size * beta * self.slope(z) + (2 * self.step_size) ** 0.5 * noise
-        return z + (start - start.detach())
+        return self._move(start.detach(), moves, choices, beta) + (start - start.detach())
+
+    @torch.no_grad()
+    def _move(self, z: Tensor, moves: Tensor, choices: Tensor, beta: float) -> Tensor:
+        if not self.num_moves or self.energy is None:
+            return z
+        moves = moves.unflatten(-1, (self.num_moves, self.latent_dim))
+        # Half the square of two normal variables is exponential, minus the log of a uniform one.
+        limits = choices.unflatten(-1, (self.num_moves, 2)).square().sum(-1).mul_(-0.5)
+        value, slope = self.energy(z)
+        for k, (noise, limit) in enumerate(zip(moves.unbind(-2), limits.unbind(-1), strict=True)):
+            jump = k % 3 == 0
+            if jump:
+                new = torch.add(z, noise, alpha=self.jump_scale)
+            else:
+                size = self.step_size * self.SIZES[k % len(self.SIZES)]
+                new = torch.add(z, slope, alpha=-beta * size).add_(noise, alpha=(2 * size) ** 0.5)
+            new_value, new_slope = self.energy(new)
+            log_ratio = beta * (value - new_value)
+            if not jump:  # the moves there and back are not equally probable
+                drift = beta * (0.5 * size) ** 0.5 * (slope + new_slope)
+                log_ratio.add_((drift * torch.add(noise, drift, alpha=-0.5)).sum(-1))
+            accepted = limit < log_ratio
+            value = torch.where(accepted, new_value, value)
+            accepted = accepted.unsqueeze(-1)
+            slope, z = torch.where(accepted, new_slope, slope), torch.where(accepted, new, z)
+        return z
 
     def _start(self, noise: Tensor, last: Tensor) -> Tensor:
         output = self.net(self.input_scale * noise)

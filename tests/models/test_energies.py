@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -62,14 +63,21 @@ def test_energy_and_gradient_are_finite_everywhere(energy: Energy) -> None:
 @energies
 def test_slope_by_hand(energy: Energy, float64: None) -> None:
     z = (4 * torch.randn(500, 2)).requires_grad_()
-    (expected,) = torch.autograd.grad(energy(z).sum(), z)
-    torch.testing.assert_close(energy.slope(z.detach()), expected)
+    value = energy(z)
+    (slope,) = torch.autograd.grad(value.sum(), z)
+    found = energy.value_and_slope(z.detach())
+    torch.testing.assert_close(found, (value.detach(), slope))
+    torch.testing.assert_close(energy.slope(z.detach()), slope)
+    by_autograd = dataclasses.replace(energy, with_gradient=None)
+    torch.testing.assert_close(by_autograd.value_and_slope(z.detach()), found)
 
 
 @energies
 def test_slope_by_hand_is_finite_everywhere(energy: Energy) -> None:
     axis = torch.tensor([-1e3, -20.0, -6.0, 0.0, 1.0, 20.0, 1e3])
-    assert energy.slope(torch.cartesian_prod(axis, axis)).isfinite().all()
+    value, slope = energy.value_and_slope(torch.cartesian_prod(axis, axis))
+    assert value.isfinite().all()
+    assert slope.isfinite().all()
 
 
 def test_normalizers_known_in_closed_form() -> None:

@@ -3,20 +3,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Size, Tensor
 
 from models.unconditional import ImplicitPosterior
 
+SCALES = torch.tensor([0.5, 2.0])
 
-def normal(z: Tensor) -> Tensor:
-    """The slope of an energy: that of a Gaussian, standard deviations 0.5 and 2."""
-    return z / torch.tensor([0.25, 4.0])
+
+def normal(z: Tensor) -> tuple[Tensor, Tensor]:
+    """An energy and its gradient: that of a Gaussian, standard deviations 0.5 and 2."""
+    scaled = z / SCALES
+    return 0.5 * scaled.square().sum(-1), scaled / SCALES
 
 
 def posterior(**options: object) -> ImplicitPosterior:
-    settings = {"noise_dim": 3, "hidden_dims": (8,), "slope": normal, "langevin_steps": 3}
+    settings = {"noise_dim": 3, "hidden_dims": (8,), "energy": normal, "num_moves": 3}
     return ImplicitPosterior(2, **{**settings, **options})  # type: ignore[arg-type]
 
 
@@ -34,7 +40,7 @@ def test_draws_are_the_same_with_and_without_a_graph() -> None:
 def test_gradient_is_that_of_the_network(float64: None) -> None:
     """Against finite differences of the draws without steps."""
     q = posterior().double()
-    noise = torch.randn(5, 3 + 2 * 4)
+    noise = torch.randn(5, 3 + 2 + 3 * (2 + 2))
     with_steps = torch.autograd.grad(q._transform(noise).sum(), [*q.parameters()])
     first = noise[:, 3:5]
 
@@ -51,22 +57,48 @@ def test_gradient_is_that_of_the_network(float64: None) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_steps_lead_to_a_hotter_density() -> None:
-    torch.manual_seed(0)
-    z = posterior(langevin_steps=400, step_size=0.02)(0.25).sample(Size((4000,)))
-    assert float(z[:, 0].var()) == pytest.approx(1.0, rel=5 * (2 / 4000) ** 0.5 + 0.02)
+@pytest.mark.parametrize("beta", [1.0, 0.25])
+def test_moves_leave_the_density_as_it_is(
+    beta: float, standard_errors: Callable[[int], float]
+) -> None:
+    """From draws of the density itself, by steps so wide that unadjusted ones would fail."""
+    count = 20_000
+    q = posterior(num_moves=12, step_size=0.1)
+    start = SCALES / beta**0.5 * torch.randn(count, 2)
+    z = q._move(start, torch.randn(count, 24), torch.randn(count, 24), beta)
+    assert float((z != start).any(-1).float().mean()) > 0.2
+    scaled = z * beta**0.5 / SCALES
+    # Second and fourth moments, and the correlation.
+    for found, expected, variance in (
+        (scaled.square().mean(0), 1.0, 2.0),
+        (scaled.pow(4).mean(0), 3.0, 96.0),
+        (scaled.prod(-1).mean(), 0.0, 1.0),
+    ):
+        error = (variance / count) ** 0.5
+        assert bool(((found - expected).abs() < standard_errors(6) * error).all())
 
 
-def test_steps_lead_to_the_density() -> None:
-    """Many small steps forget where they began: variances 0.25 and 4, within 5 standard errors and
-    the bias of the steps, of the order of step size over variance."""
-    q = posterior(langevin_steps=600, step_size=0.02)
-    z = q().sample(Size((4000,)))
-    variance = torch.tensor([0.25, 4.0])
-    tolerance = 5 * (2 / 4000) ** 0.5 + 0.02 / variance
-    assert bool((z.var(0) / variance - 1).abs().le(tolerance).all())
+def test_moves_lead_to_the_density(standard_errors: Callable[[int], float]) -> None:
+    """Many moves forget where they began."""
+    count = 4000
+    z = posterior(num_moves=150, step_size=0.05)().sample(Size((count,)))
+    error = (2 / count) ** 0.5
+    assert bool(((z / SCALES).var(0) - 1).abs().le(standard_errors(2) * error).all())
 
 
-def test_steps_need_a_slope() -> None:
-    with pytest.raises(ValueError, match="langevin_steps: expected 0 without a slope, got 3"):
-        posterior(slope=None)
+def test_a_jump_is_accepted_by_the_ratio_of_the_densities(
+    standard_errors: Callable[[int], float],
+) -> None:
+    """From a minimum of energy 0 to where it is 1: with probability 1 / e."""
+    count = 20_000
+    q = posterior(num_moves=1, jump_scale=1.0)
+    jump = torch.tensor([2**0.5 * 0.5, 0.0]).expand(count, -1)
+    z = q._move(torch.zeros(count, 2), jump, torch.randn(count, 2), 1.0)
+    share, expected = float((z != 0).any(-1).float().mean()), math.exp(-1)
+    error = (expected * (1 - expected) / count) ** 0.5
+    assert abs(share - expected) < standard_errors(1) * error
+
+
+def test_moves_need_an_energy() -> None:
+    with pytest.raises(ValueError, match="num_moves: expected 0 without an energy, got 3"):
+        posterior(energy=None)
