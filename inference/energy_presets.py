@@ -132,6 +132,14 @@ def check(config: Config) -> None:
         (0 <= config.beta_share <= 1, "beta-share", "a share in [0, 1]", config.beta_share),
         (0 <= config.decay_start < 1, "decay-start", "a share in [0, 1)", config.decay_start),
         (config.noise_dim >= 2, "noise-dim", "at least 2", config.noise_dim),
+        (config.moves >= 0, "moves", "no negative number", config.moves),
+        (
+            config.langevin_step_size > 0,
+            "langevin-step-size",
+            "a positive size",
+            config.langevin_step_size,
+        ),
+        (config.jump_scale > 0, "jump-scale", "a positive scale", config.jump_scale),
         (len(config.seeds) > 0, "seeds", "one seed at least", config.seeds),
         (config.draws > 0, "draws", "a positive number", config.draws),
     ):

@@ -176,22 +176,28 @@ class ImplicitPolicy(nn.Module):
         y = self.actor.deviate(encoded, sign, self.actor.noise(obs))
         still = y.detach()
         score, value = self.estimator.score_and_log_prob(still, draws, self._context(obs, sign))
-        loc, log_scale = self.actor.place(encoded, sign)
-        u = loc + log_scale.exp() * y
-        scale = encoded.log_scale.exp()
-        z = (encoded.loc + scale * u)[0]
+        u, z, log_slope = self._compose(encoded, sign, y)
         odds = self.actor.log_odds(encoded, sign)
         log_choice = log_prob_of_signs(sign, odds)
         log_sign, of_u = self._tell(encoded, odds, u, sign)
-        of_z = of_u / scale.detach()
-        log_pi = (value + log_choice.detach() - log_sign - log_scale.sum(-1))[0]
-        log_pi = log_pi - encoded.log_scale.sum(-1) - log_tanh_slope(z)
+        of_z = of_u / encoded.log_scale.detach().exp()
+        log_pi = (value + log_choice.detach() - log_sign)[0] - log_slope
         log_pi = log_pi + (score * (y - still))[0].sum(-1) - (of_z[0] * (z - z.detach())).sum(-1)
         penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y) + self._unit(y[0], draws)
         return Draw(z, log_pi, penalty, log_choice[0])
 
     def _context(self, obs: Tensor, sign: Tensor) -> Tensor:
         return torch.cat([obs, sign[0]], -1)
+
+    def _compose(self, encoded: Encoded, sign: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What becomes of a draw ``y [1, B, D]``: u, z ``[B, D]``, and the logarithm of the
+        action's slope by y, ``[B]``.
+        """
+        loc, log_scale = self.actor.place(encoded, sign)
+        u = loc + log_scale.exp() * y
+        z = (encoded.loc + encoded.log_scale.exp() * u)[0]
+        log_slope = log_scale[0].sum(-1) + encoded.log_scale.sum(-1) + log_tanh_slope(z)
+        return u, z, log_slope
 
     def _tell(
         self, encoded: Encoded, odds: Tensor, u: Tensor, sign: Tensor
@@ -220,13 +226,14 @@ class ImplicitPolicy(nn.Module):
         encoded = self.actor.encode(obs)
         sign = self.actor.choose(encoded)
         y = self.actor.deviate(encoded, sign, self.actor.noise(obs))
-        loc, log_scale = self.actor.place(encoded, sign)
-        u = loc + log_scale.exp() * y
-        z = (encoded.loc + encoded.log_scale.exp() * u)[0]
-        log_prob = self.estimator.log_prob(y, y, self._context(obs, sign)) - log_scale.sum(-1)
+        u, z, log_slope = self._compose(encoded, sign, y)
+        value = self.estimator.log_prob(y, y, self._context(obs, sign))
         odds = self.actor.log_odds(encoded, sign)
-        log_prob += log_prob_of_signs(sign, odds) - self.signs(encoded.seen, odds, u, sign)
-        return z, log_prob[0] - encoded.log_scale.sum(-1) - log_tanh_slope(z)
+        log_choice, log_sign = (
+            log_prob_of_signs(sign, odds),
+            self.signs(encoded.seen, odds, u, sign),
+        )
+        return z, (value + log_choice - log_sign)[0] - log_slope
 
     @torch.no_grad()
     def diagnostics(self, obs: Tensor) -> dict[str, float]:

@@ -77,6 +77,9 @@ def test_errors_end_in_one_line(
         ((*tiny, "--beta-start", 0), "--beta-start: expected a value in (0, 1], found 0.0"),
         ((*tiny, "--budget-seconds", 0), "--budget-seconds: expected a positive time"),
         ((*tiny, "--noise-dim", 1), "--noise-dim: expected at least 2"),
+        ((*tiny, "--moves", -1), "--moves: expected no negative number, found -1"),
+        ((*tiny, "--langevin-step-size", 0), "--langevin-step-size: expected a positive size"),
+        ((*tiny, "--jump-scale", 0), "--jump-scale: expected a positive scale"),
     ]
     capsys.readouterr()
     for arguments, message in table:
