@@ -309,6 +309,7 @@ def _vae_main(options: Annotated[Vae, tyro.conf.arg(name="")]) -> None:
     with user_errors():
         # A global of the process, which this program owns.
         torch.set_num_threads(options.threads)
+        keep_freed_memory()
         bench_vae(options)
 
 

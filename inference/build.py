@@ -34,8 +34,8 @@ from pyro_ardae.score import ScoreEstimator
 
 __all__ = ["build_data", "build_loss", "build_score_estimator", "build_vae"]
 
-#: Widths of the hidden layers of what deviates from a Gaussian.
-_DEVIATION = (128, 128)
+#: Widths of the hidden layers of what deviates from a diagonal Gaussian, and from a full one.
+_DEVIATION, _DEVIATION_FROM_FULL = (128, 128), (64, 64)
 
 
 @dataclass(frozen=True)
@@ -165,11 +165,24 @@ def _build_two_levels(config: Config, parts: _Parts, head: nn.Module, name: str)
     )
 
 
+def _build_full(config: Config, feature_dim: int, latent_dim: int) -> FullCovarianceGuide:
+    return FullCovarianceGuide(
+        feature_dim, latent_dim, gain=config.gain, compute_dtype=config.compute_dtype
+    )
+
+
+def _build_base(config: Config, feature_dim: int, latent_dim: int) -> GaussianGuide | None:
+    """The Normal that an implicit guide deviates from."""
+    if config.base == "full":
+        return _build_full(config, feature_dim, latent_dim)
+    return GaussianGuide(feature_dim, latent_dim) if config.base == "diagonal" else None
+
+
 def _build_head(config: Config, feature_dim: int, latent_dim: int) -> nn.Module:
     if config.guide == "gaussian":
         return GaussianGuide(feature_dim, latent_dim)
     if config.guide == "fullcov":
-        return FullCovarianceGuide(feature_dim, latent_dim, gain=config.gain)
+        return _build_full(config, feature_dim, latent_dim)
     if config.guide == "flow":
         return FlowGuide(
             feature_dim,
@@ -177,22 +190,26 @@ def _build_head(config: Config, feature_dim: int, latent_dim: int) -> nn.Module:
             transforms=config.flow_transforms,
             hidden_dims=_DEVIATION,
         )
+    base = _build_base(config, feature_dim, latent_dim)
+    hidden_dims = _DEVIATION_FROM_FULL if config.base == "full" else _DEVIATION
     if config.guide in ("implicit", "avb"):
         return ImplicitGuide(
             feature_dim,
             latent_dim,
+            base=base,
             noise_dim=config.noise_dim,
-            hidden_dims=_DEVIATION if config.gaussian_base else (feature_dim, feature_dim),
-            activation=ACTIVATIONS["silu" if config.gaussian_base else config.activation],
-            gaussian_base=config.gaussian_base,
+            hidden_dims=hidden_dims if base is not None else (feature_dim, feature_dim),
+            activation=ACTIVATIONS["silu" if base is not None else config.activation],
             gain=config.gain,
             compute_dtype=config.compute_dtype,
         )
+    marginal = config.guide == "hierarchical-implicit"  # the others need the conditional's density
     guide = HierarchicalGuide(
         feature_dim,
         latent_dim,
+        base=base if marginal else None,
         auxiliary_dim=config.auxiliary_dim,
-        hidden_dims=_DEVIATION,
+        hidden_dims=hidden_dims if marginal else _DEVIATION,
         gain=config.gain,
         compute_dtype=config.compute_dtype,
     )
@@ -227,6 +244,7 @@ def build_loss(config: Config) -> ELBO:
         build_score_estimator(config),
         **particles,
         num_score_samples=config.num_score_samples,
+        num_score_contexts=config.num_score_contexts,
         num_score_updates=config.num_score_updates,
     )
 

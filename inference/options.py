@@ -112,9 +112,9 @@ class Config:
 
     noise_dim: int = 100
     """Implicit guide and AVB: width of the noise."""
-    gaussian_base: bool = True
-    """Implicit guide and AVB: whether the sampler deviates from a Gaussian, or is a network
-    throughout."""
+    base: Literal["none", "diagonal", "full"] = "full"
+    """Implicit guides and AVB: covariance of the Gaussian that the sampler deviates from; with
+    "none" (not hierarchical) it is a network throughout."""
     auxiliary_dim: int = 32
     """Hierarchical guides (auxiliary, hierarchical-implicit, SIVI): width of the auxiliary
     latent."""
@@ -138,13 +138,16 @@ class Config:
     score_folds: int = 4
     """Guides without a density: parts into which an update of it cuts the samples."""
     score_whitening: Literal["pooled", "centered", "diagonal", "none"] = "pooled"
-    """Guides without a density: its coordinates. With ``gaussian_base`` its input has a Gaussian's
-    location and scale taken out already: "centered" needs fewer samples then."""
+    """Guides without a density: its coordinates. With a ``base`` its input has that
+    Gaussian's location and scale taken out already: "centered" needs fewer samples then."""
     score_steps: int | None = None
     """Guides without a density: optimizer steps of an update, each on one part; on all by
     default."""
     num_score_samples: int = 16
     """Guides without a density: samples per data point in an update."""
+    num_score_contexts: int | None = None
+    """Guides without a density: data points of the minibatch, at random, in an update; all by
+    default."""
     num_score_updates: int = 1
     """Guides without a density: updates per step."""
 

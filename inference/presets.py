@@ -43,7 +43,7 @@ _TOY = Config(
     decay_start=2000,
     decay_steps=2500,
     noise_dim=10,
-    gaussian_base=False,
+    base="none",
     score_hidden_dim=64,
     score_depth=3,
     score_learning_rate=8e-3,
@@ -90,6 +90,7 @@ _SCORE = {
     "deviation_decay": 0.2,
     "score_whitening": "centered",
     "num_score_samples": 4,
+    "num_score_contexts": 128,
     "score_folds": 1,
     "score_steps": 1,
 }
@@ -213,7 +214,7 @@ _DEVIATING = ("implicit", "hierarchical-implicit", "avb", "auxiliary", "sivi")
 #: Guides that read an option; all guides where it is not listed.
 _READ_BY: dict[str, tuple[str, ...]] = {
     "noise_dim": ("implicit", "avb"),
-    "gaussian_base": ("implicit", "avb"),
+    "base": SCORED,
     "auxiliary_dim": ("hierarchical-implicit", "auxiliary", "sivi"),
     "num_mixing": ("sivi",),
     "flow_transforms": ("flow",),
@@ -222,7 +223,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             *("score_hidden_dim", "score_depth", "score_learning_rate", "score_folds"),
-            *("score_whitening", "score_steps", "num_score_samples", "num_score_updates"),
+            *("score_whitening", "score_steps"),
+            *("num_score_samples", "num_score_contexts", "num_score_updates"),
         ),
         SCORED,
     ),

@@ -10,8 +10,10 @@ from functools import partial
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import Transform
 
-from models.networks import ConditionalMLP
+from models.networks import ConditionalMLP, Network
+from models.transforms import UnitLowerAffine
 from pyro_ardae import Implicit
 
 __all__ = ["FullCovarianceGuide", "GaussianGuide", "ImplicitGuide"]
@@ -33,6 +35,11 @@ class GaussianGuide(nn.Module):
         """Location and scale, ``[*batch, latent_dim]`` each."""
         return self.loc(features), self.log_scale(features).exp()
 
+    def transform(self, features: Tensor) -> Transform:
+        """What makes draws of this Normal of standard normal ones."""
+        loc, scale = self.moments(features)
+        return dist.transforms.AffineTransform(loc, scale, event_dim=1, cache_size=1)
+
     def place(self, features: Tensor, deviation: Implicit) -> dist.TorchDistribution:
         """An implicit distribution in units of this Normal.
 
@@ -40,16 +47,15 @@ class GaussianGuide(nn.Module):
         of noise, as a Normal's is, and the score has to be learned for the deviation alone.
         """
         # The deviation that a draw was made of is kept, so that its score need not undo the rest.
-        loc, scale = self.moments(features)
-        affine = dist.transforms.AffineTransform(loc, scale, event_dim=1, cache_size=1)
-        return dist.TransformedDistribution(deviation, [affine], validate_args=False)
+        transforms = [self.transform(features)]
+        return dist.TransformedDistribution(deviation, transforms, validate_args=False)
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         loc, scale = self.moments(features)
         return dist.Normal(loc, scale, validate_args=False).to_event(1)
 
 
-class FullCovarianceGuide(nn.Module):
+class FullCovarianceGuide(GaussianGuide):
     r"""A Normal with full covariance.
 
     .. math:: z = \mu(h) + \sigma(h) \odot (I + \gamma L(h))\, \epsilon
@@ -59,48 +65,60 @@ class FullCovarianceGuide(nn.Module):
     :param int feature_dim: width of the features.
     :param int latent_dim: width of the latent.
     :param float gain: :math:`\gamma`, positive.
+    :param torch.dtype compute_dtype: precision of the product that gives L, see
+        :class:`models.networks.Network`.
     """
 
-    def __init__(self, feature_dim: int, latent_dim: int, *, gain: float = 0.1) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        feature_dim: int,
+        latent_dim: int,
+        *,
+        gain: float = 0.1,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(feature_dim, latent_dim)
         self.gain = gain
-        self.base = GaussianGuide(feature_dim, latent_dim)
         rows, columns = torch.tril_indices(latent_dim, latent_dim, -1)
         self.register_buffer("below", rows * latent_dim + columns, persistent=False)
-        self.factor = nn.Linear(feature_dim, len(rows))
-        nn.init.zeros_(self.factor.weight)
-        nn.init.zeros_(self.factor.bias)
+        factor = nn.Linear(feature_dim, len(rows))
+        nn.init.zeros_(factor.weight)
+        nn.init.zeros_(factor.bias)
+        self.factor = Network(factor, compute_dtype=compute_dtype)
+
+    def transform(self, features: Tensor) -> Transform:
+        """As the diagonal one's, with the lower triangular factor in place of the scale."""
+        loc, scale = self.moments(features)
+        dim = loc.shape[-1]
+        entries = self.gain * self.factor(features)
+        lower = entries.new_zeros(*entries.shape[:-1], dim * dim)
+        lower = lower.index_copy(-1, self.below, entries).unflatten(-1, (dim, dim))
+        return UnitLowerAffine(loc, scale, lower, cache_size=1)
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
-        loc, scale = self.base.moments(features)
-        dim = loc.shape[-1]
-        factor = loc.new_zeros(*loc.shape[:-1], dim * dim)
-        factor = factor.index_copy(-1, self.below, self.gain * self.factor(features))
-        identity = torch.eye(dim, dtype=loc.dtype, device=loc.device)
-        factor = factor.unflatten(-1, (dim, dim)) + identity
-        scale_tril = scale.unsqueeze(-1) * factor
-        return dist.MultivariateNormal(loc, scale_tril=scale_tril, validate_args=False)
+        # The transform keeps the noise of a draw; a MultivariateNormal would solve for it.
+        shape = (*features.shape[:-1], self.loc.out_features)
+        noise = dist.Normal(features.new_zeros(shape), 1.0, validate_args=False).to_event(1)
+        return dist.TransformedDistribution(noise, [self.transform(features)], validate_args=False)
 
 
 class ImplicitGuide(nn.Module):
     r"""A distribution over the latent that can be sampled but has no density.
 
-    With ``gaussian_base`` the sampler deviates from a diagonal Normal and starts as one,
+    With a ``base`` it deviates from a Normal and starts as that one,
 
-    .. math:: z = \mu(h) + \sigma(h) \odot (\epsilon_{1:D} + g(h, \epsilon)),
+    .. math:: z = \mu(h) + A(h)\, (\epsilon_{1:D} + \gamma\, g(h, \epsilon)),
 
-    where :math:`h` are the features, :math:`\epsilon` the noise and :math:`g` a network whose last
-    layer starts at zero. Without
-    ``gaussian_base``, :math:`z = g(h, \epsilon)`, which finds posteriors of several separated modes
-    more easily.
+    where :math:`h` are the features, :math:`\mu` and A location and scale (or triangular factor) of
+    the base, :math:`\epsilon` the noise and g a network whose last layer starts at zero. Without,
+    :math:`z = g(h, \epsilon)`, which finds posteriors of several separated modes more easily.
 
     :param int feature_dim: width of the features.
     :param int latent_dim: width of the latent.
-    :param int noise_dim: width of the standard normal noise; ``latent_dim`` at least with
-        ``gaussian_base``.
+    :param GaussianGuide base: the Normal, or ``None``.
+    :param int noise_dim: width of the standard normal noise; ``latent_dim`` at least with a base.
     :param tuple[int, ...] hidden_dims: widths of the hidden layers of the sampler, at least one.
     :param type[nn.Module] activation: activation of the hidden layers.
-    :param bool gaussian_base: whether the sampler deviates from a Normal.
     :param float gain: :math:`\gamma`, positive.
     :param torch.dtype compute_dtype: precision of the matrix products, see
         :class:`models.networks.MLP`.
@@ -112,29 +130,29 @@ class ImplicitGuide(nn.Module):
         feature_dim: int,
         latent_dim: int,
         *,
+        base: GaussianGuide | None,
         noise_dim: int,
         hidden_dims: tuple[int, ...],
         activation: type[nn.Module] = nn.SiLU,
-        gaussian_base: bool = True,
         gain: float = 0.1,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if gaussian_base and noise_dim < latent_dim:
+        if base is not None and noise_dim < latent_dim:
             raise ValueError(
-                f"noise_dim: expected at least latent_dim = {latent_dim} with gaussian_base, "
+                f"noise_dim: expected at least latent_dim = {latent_dim} with a base, "
                 f"got {noise_dim}"
             )
         self.latent_dim = latent_dim
         self.noise_dim = noise_dim
         self.gain = gain
-        self.base = GaussianGuide(feature_dim, latent_dim) if gaussian_base else None
+        self.base = base
         self.net = ConditionalMLP(
             noise_dim,
             feature_dim,
             sizes=(*hidden_dims, latent_dim),
             activation=activation,
-            zero_output=gaussian_base,
+            zero_output=base is not None,
             compute_dtype=compute_dtype,
         )
 

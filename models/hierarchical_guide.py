@@ -37,6 +37,9 @@ class HierarchicalGuide(nn.Module):
     :param int latent_dim: width of z.
     :param int auxiliary_dim: width of :math:`z_0`.
     :param tuple[int, ...] hidden_dims: widths of the hidden layers of a and b, at least one.
+    :param GaussianGuide base: :math:`\mu` and :math:`\sigma`, the latter a triangular matrix with a
+        :class:`~models.guides.FullCovarianceGuide`, for the implicit marginal alone; a diagonal one
+        by default.
     :param type[nn.Module] activation: activation of the hidden layers.
     :param float gain: :math:`\gamma`, positive.
     :param torch.dtype compute_dtype: see :class:`models.networks.Network`.
@@ -52,6 +55,7 @@ class HierarchicalGuide(nn.Module):
         *,
         auxiliary_dim: int,
         hidden_dims: tuple[int, ...],
+        base: GaussianGuide | None = None,
         activation: type[nn.Module] = nn.SiLU,
         gain: float = 0.1,
         compute_dtype: torch.dtype | None = None,
@@ -59,7 +63,7 @@ class HierarchicalGuide(nn.Module):
         super().__init__()
         self.latent_dim, self.auxiliary_dim, self.gain = latent_dim, auxiliary_dim, gain
         self.auxiliary = GaussianGuide(feature_dim, auxiliary_dim)
-        self.base = GaussianGuide(feature_dim, latent_dim)
+        self.base = GaussianGuide(feature_dim, latent_dim) if base is None else base
         self.net = ConditionalMLP(
             auxiliary_dim,
             feature_dim,
@@ -82,7 +86,13 @@ class HierarchicalGuide(nn.Module):
 
         :param Tensor features: h, ``[*batch, C]``.
         :param Tensor auxiliary: :math:`z_0`, ``[*sample, *batch, A]``.
+        :raises TypeError: if the base is not diagonal.
         """
+        if type(self.base) is not GaussianGuide:
+            raise TypeError(
+                f"conditional: expected a diagonal base, GaussianGuide, got "
+                f"{type(self.base).__name__}, with which q(z | z0, h) is no diagonal Normal"
+            )
         loc, scale = self._inner(auxiliary, self.net.project(features))
         base_loc, base_scale = self.base.moments(features)
         loc = torch.addcmul(base_loc, base_scale, loc)

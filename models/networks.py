@@ -154,7 +154,9 @@ class ConditionalMLP(nn.Module):
         super().__init__()
         if len(sizes) < 2:
             raise ValueError("hidden_dims: expected at least one hidden layer, got none")
-        self.from_condition = nn.Linear(condition_dim, sizes[0])
+        self.from_condition = Network(
+            nn.Linear(condition_dim, sizes[0]), compute_dtype=compute_dtype
+        )
         self.from_input = MLP((input_dim, sizes[0]), compute_dtype=compute_dtype)
         self.activation = activation()
         self.net = MLP(

@@ -94,6 +94,7 @@ class _ImplicitELBO:
         num_score_updates: int = 1,
         num_particles: int = 1,
         *,
+        num_score_contexts: int | None = None,
         max_plate_nesting: int | float = float("inf"),
         vectorize_particles: bool = False,
         strict_enumeration_warning: bool = True,
@@ -108,6 +109,8 @@ class _ImplicitELBO:
             )
         if num_score_samples is not None and num_score_samples < 2:
             raise ValueError(f"expected num_score_samples >= 2, got {num_score_samples}.")
+        if num_score_contexts is not None and num_score_contexts < 1:
+            raise ValueError(f"expected num_score_contexts >= 1, got {num_score_contexts}.")
         if num_score_updates < 0:
             raise ValueError(f"expected num_score_updates >= 0, got {num_score_updates}.")
         if antithetic and not (vectorize_particles and num_particles % 2 == 0):
@@ -125,6 +128,7 @@ class _ImplicitELBO:
         self.antithetic = antithetic
         self.score_estimator = score_estimator
         self.num_score_samples = num_score_samples
+        self.num_score_contexts = num_score_contexts
         self.num_score_updates = num_score_updates
         self._sites: dict[str, _Site] = {}
         self._pending: dict[str, dict[str, Any]] = {}
@@ -279,7 +283,8 @@ class _ImplicitELBO:
         if self._learning and not self._frozen:
             for update in range(self.num_score_updates):
                 samples = draw() if update else samples
-                site.loss = site.estimator.update(samples, context, center=center)
+                learned = self._some((samples, context, center), source.batch_shape)
+                site.loss = site.estimator.update(*learned[:2], center=learned[2])
 
         def score(of: Implicit, at: Tensor) -> Tensor:
             shape = at.shape  # a transform may give the site's value another one
@@ -293,6 +298,21 @@ class _ImplicitELBO:
 
         fn.score = score
         self._attached.append(fn)
+
+    def _some(
+        self, tensors: tuple[Tensor, Tensor | None, Tensor | None], batch: torch.Size
+    ) -> tuple[Any, ...]:
+        """Draws ``[S, *batch, D]``, context ``[*batch, C]`` and center ``[*batch, D]`` of
+        ``num_score_contexts`` random contexts, if there are more.
+        """
+        count, wanted = batch.numel(), self.num_score_contexts
+        if wanted is None or count <= wanted:
+            return tensors
+        samples, *others = tensors
+        chosen = torch.randperm(count, device=samples.device)[:wanted]
+        samples = samples.reshape(len(samples), count, -1).index_select(1, chosen)
+        rows = (None if x is None else x.reshape(count, -1)[chosen] for x in others)
+        return (samples, *rows)
 
     def _num_draws(self, contexts: int) -> int:
         """Draws per context by which the score is learned in a step."""
@@ -367,6 +387,8 @@ class TraceImplicit_ELBO(_ImplicitELBO, Trace_ELBO):
     :param num_score_updates: calls of ``estimator.update`` per step, each on fresh draws; 0 for an
         estimator that is trained elsewhere.
     :param num_particles: draws of the guide per step, as in Pyro.
+    :param num_score_contexts: contexts per update of the estimator, a random subset of those of the
+        step; all by default. Fewer make an update cheaper, and bound its memory for large plates.
     :param max_plate_nesting: as in Pyro.
     :param vectorize_particles: as in Pyro.
     :param strict_enumeration_warning: as in Pyro.

@@ -58,7 +58,7 @@ def test_gap_is_the_divergence_from_the_posterior(guide: str) -> None:
     weight, x = torch.tensor([[1.0, 0.4], [0.2, 1.0], [0.5, -0.5]]), torch.randn(20, 3)
     head: nn.Module = GaussianGuide(3, 2)
     if guide == "implicit":  # it starts as its Gaussian base, so the truth is the same
-        head = ImplicitGuide(3, 2, noise_dim=4, hidden_dims=(8,))
+        head = ImplicitGuide(3, 2, base=GaussianGuide(3, 2), noise_dim=4, hidden_dims=(8,))
     vae = linear_vae(head, weight)
     with torch.no_grad():
         posterior = GaussianGuide.forward(head if guide == "gaussian" else head.base, x)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.chain import Chain
 from models.flows import FlowGuide
-from models.guides import FullCovarianceGuide
+from models.guides import FullCovarianceGuide, GaussianGuide
 from models.hierarchical_guide import HierarchicalGuide
 from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
@@ -49,17 +49,20 @@ def test_full_covariance_density(float64: None) -> None:
     entries = head.gain * head.factor(features)
     lower = torch.eye(LATENT).repeat(BATCH, 1, 1)
     lower[:, 1, 0], lower[:, 2, 0], lower[:, 2, 1] = entries.unbind(-1)
-    factor = head.base.log_scale(features).exp().unsqueeze(-1) * lower
+    factor = head.log_scale(features).exp().unsqueeze(-1) * lower
     value = torch.randn(7, BATCH, LATENT)
-    expected = dense_log_prob(value, head.base.loc(features), factor @ factor.mT)
+    expected = dense_log_prob(value, head.loc(features), factor @ factor.mT)
     torch.testing.assert_close(posterior.log_prob(value), expected)
+    draw = posterior.rsample()  # its noise is kept: no solve
+    torch.testing.assert_close(posterior.log_prob(draw), posterior.log_prob(draw.clone()))
 
 
 def test_full_covariance_starts_diagonal() -> None:
     head = FullCovarianceGuide(FEATURES, LATENT)
     features = torch.randn(BATCH, FEATURES)
     value = torch.randn(BATCH, LATENT)
-    torch.testing.assert_close(head(features).log_prob(value), head.base(features).log_prob(value))
+    diagonal = GaussianGuide.forward(head, features)
+    torch.testing.assert_close(head(features).log_prob(value), diagonal.log_prob(value))
 
 
 def test_flow_density_is_that_of_the_map(float64: None) -> None:
@@ -108,9 +111,16 @@ def test_chain_of_normals_is_their_joint(float64: None, second_in_front: bool) -
     torch.testing.assert_close(chain.log_prob(value), expected)
 
 
-def hierarchical(activation: type[nn.Module] = nn.SiLU) -> HierarchicalGuide:
+def hierarchical(
+    activation: type[nn.Module] = nn.SiLU, base: type[GaussianGuide] = GaussianGuide
+) -> HierarchicalGuide:
     head = HierarchicalGuide(
-        FEATURES, LATENT, auxiliary_dim=AUXILIARY, hidden_dims=(8,), activation=activation
+        FEATURES,
+        LATENT,
+        base=base(FEATURES, LATENT),
+        auxiliary_dim=AUXILIARY,
+        hidden_dims=(8,),
+        activation=activation,
     )
     disturb(head)
     return head
@@ -132,6 +142,12 @@ def test_hierarchical_marginal_is_that_of_the_two_normals(float64: None) -> None
     torch.testing.assert_close(implicit.noise.base_dist.scale[:, :AUXILIARY], mixing.scale)
 
 
+def test_a_full_base_has_no_diagonal_conditional() -> None:
+    head = hierarchical(base=FullCovarianceGuide)
+    with pytest.raises(TypeError, match="diagonal base, GaussianGuide, got FullCovarianceGuide"):
+        head.conditional(torch.randn(BATCH, FEATURES), torch.randn(BATCH, AUXILIARY))
+
+
 def test_hierarchical_starts_as_its_gaussian() -> None:
     head = HierarchicalGuide(FEATURES, LATENT, auxiliary_dim=AUXILIARY, hidden_dims=(8,))
     features = torch.randn(BATCH, FEATURES)
@@ -151,9 +167,12 @@ class _Linear(nn.Module):
         return dist.Normal(z @ self.weight, 1.0).to_event(1)
 
 
-def test_gradient_of_the_hierarchical_marginal_with_its_exact_score(float64: None) -> None:
+@pytest.mark.parametrize("base", [GaussianGuide, FullCovarianceGuide])
+def test_gradient_of_the_hierarchical_marginal_with_its_exact_score(
+    float64: None, base: type[GaussianGuide]
+) -> None:
     """With the identity for activation and a constant scale the marginal is Gaussian."""
-    head = hierarchical(nn.Identity)
+    head = hierarchical(nn.Identity, base)
     with torch.no_grad():  # b = 0: the conditional's scale is that of the base
         head.net.net.last.weight[LATENT:] = 0
         head.net.net.last.bias[LATENT:] = 0
@@ -186,11 +205,18 @@ def test_gradient_of_the_hierarchical_marginal_with_its_exact_score(float64: Non
     torch.manual_seed(3)
     z = vae.posterior(x).rsample()
     features = vae.trunk(x)
-    base = head.base(features).base_dist
+    normal_loc, normal_scale = head.base.moments(features)
+    factor = torch.eye(LATENT)
+    if isinstance(head.base, FullCovarianceGuide):
+        entries = head.base.gain * head.base.factor(features)
+        rows, columns = torch.tril_indices(LATENT, LATENT, -1)
+        factor = torch.eye(LATENT).repeat(BATCH, 1, 1)
+        factor[:, rows, columns] = entries
+    matrix = normal_scale.unsqueeze(-1) * factor
     # The path gradient: the density's own parameters are held fixed, but for the transform's.
-    y = (z - base.loc) / base.scale
+    y = torch.linalg.solve(matrix, (z - normal_loc).unsqueeze(-1)).squeeze(-1)
     loc, covariance = (moment.detach() for moment in moments(features))
-    log_q = dense_log_prob(y, loc, covariance) - base.scale.log().sum(-1)
+    log_q = dense_log_prob(y, loc, covariance) - torch.linalg.slogdet(matrix)[1]
     (log_q - vae.log_joint(x, z)).sum().backward()
     for name, parameter in vae.named_parameters():
         expected = parameter.grad

@@ -28,7 +28,13 @@ DATA, LATENT, FEATURES, BATCH = 2, 3, 8, 5
 def head(kind: str) -> nn.Module:
     if kind == "gaussian":
         return GaussianGuide(FEATURES, LATENT)
-    return ImplicitGuide(FEATURES, LATENT, noise_dim=4, hidden_dims=(8,))
+    return ImplicitGuide(
+        FEATURES,
+        LATENT,
+        base=GaussianGuide(FEATURES, LATENT),
+        noise_dim=4,
+        hidden_dims=(8,),
+    )
 
 
 def two_levels(kind: str) -> TwoLevelVAE:

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
-from models.guides import GaussianGuide, ImplicitGuide
+from models.guides import FullCovarianceGuide, GaussianGuide, ImplicitGuide
 from models.networks import MLP
 from models.toy import NormalDecoder
 from models.vae import VAE
@@ -25,15 +25,18 @@ def make(head: torch.nn.Module) -> VAE:
     return VAE(trunk, head, decoder, latent_dim=LATENT)
 
 
-def implicit(*, gaussian_base: bool) -> ImplicitGuide:
-    return ImplicitGuide(
-        FEATURES, LATENT, noise_dim=5, hidden_dims=(16,), gaussian_base=gaussian_base
-    )
+BASES = {"none": None, "diagonal": GaussianGuide, "full": FullCovarianceGuide}
 
 
-@pytest.mark.parametrize("gaussian_base", [True, False])
-def test_implicit_head_draws_for_each_data_point(gaussian_base: bool) -> None:
-    vae = make(implicit(gaussian_base=gaussian_base))
+def implicit(base: str) -> ImplicitGuide:
+    kind = BASES[base]
+    normal = None if kind is None else kind(FEATURES, LATENT)
+    return ImplicitGuide(FEATURES, LATENT, base=normal, noise_dim=5, hidden_dims=(16,))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_implicit_head_draws_for_each_data_point(base: str) -> None:
+    vae = make(implicit(base))
     posterior = vae.posterior(torch.randn(7, 2))
     assert isinstance(find_implicit(posterior), Implicit)
     assert posterior.sample((3,)).shape == (3, 7, LATENT)
@@ -41,24 +44,24 @@ def test_implicit_head_draws_for_each_data_point(gaussian_base: bool) -> None:
     assert vae.log_joint(torch.randn(7, 2), posterior.sample((3,))).shape == (3, 7)
 
 
-def test_with_a_gaussian_base_the_implicit_head_starts_as_that_gaussian() -> None:
+@pytest.mark.parametrize("base", ["diagonal", "full"])
+def test_with_a_base_the_implicit_head_starts_as_that_gaussian(base: str) -> None:
     torch.manual_seed(0)
-    head = implicit(gaussian_base=True)
+    head = implicit(base)
     features = torch.randn(3, FEATURES)
     draws = head(features).sample((20_000,))
-    base = head.base(features)
+    loc, scale = head.base.moments(features)
     # 5 standard errors of a mean and of a standard deviation.
-    error = 5 * base.stddev.max() / 20_000**0.5
-    assert (draws.mean(0) - base.mean).abs().max() < error
-    assert (draws.std(0) - base.stddev).abs().max() < error
+    error = 5 * scale.max() / 20_000**0.5
+    assert (draws.mean(0) - loc).abs().max() < error
+    assert (draws.std(0) - scale).abs().max() < error
 
 
 @pytest.mark.parametrize(
     ("head", "loss"),
     [
         (GaussianGuide(FEATURES, LATENT), Trace_ELBO()),
-        (implicit(gaussian_base=True), TraceImplicit_ELBO()),
-        (implicit(gaussian_base=False), TraceImplicit_ELBO()),
+        *((implicit(base), TraceImplicit_ELBO()) for base in BASES),
     ],
 )
 def test_every_parameter_gets_a_gradient(head: torch.nn.Module, loss: Trace_ELBO) -> None:
@@ -101,6 +104,6 @@ def test_two_models_keep_apart_by_name() -> None:
 
 def test_errors_of_the_implicit_head() -> None:
     with pytest.raises(ValueError, match="noise_dim: expected at least latent_dim = 3"):
-        ImplicitGuide(4, 3, noise_dim=2, hidden_dims=(8,))
+        ImplicitGuide(4, 3, base=GaussianGuide(4, 3), noise_dim=2, hidden_dims=(8,))
     with pytest.raises(ValueError, match="hidden_dims: expected at least one"):
-        ImplicitGuide(4, 3, noise_dim=3, hidden_dims=())
+        ImplicitGuide(4, 3, base=None, noise_dim=3, hidden_dims=())

@@ -157,6 +157,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "num_score_samples >= 2, got 1",
     ),
+    "no contexts": (
+        lambda: TraceImplicit_ELBO(num_score_contexts=0),
+        ValueError,
+        "num_score_contexts >= 1, got 0",
+    ),
     "negative updates": (
         lambda: TraceImplicit_ELBO(num_score_updates=-1),
         ValueError,

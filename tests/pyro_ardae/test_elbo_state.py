@@ -299,6 +299,55 @@ def test_number_of_score_updates(updates: int, expected: int) -> None:
     assert elbo.estimators["z"].state_dict()["_extra_state"]["updates"] == expected
 
 
+class Recorder(ARDAE):
+    """Keeps what it is to learn from."""
+
+    def __init__(self, dim: int, context_dim: int) -> None:
+        super().__init__(dim, context_dim, hidden_dim=8, depth=2, whitening="centered")
+        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def update(
+        self, samples: Tensor, context: Tensor | None = None, *, center: Tensor | None = None
+    ) -> Tensor:
+        assert context is not None
+        assert center is not None
+        self.seen.append((samples, context, center))
+        return super().update(samples, context, center=center)
+
+
+@pytest.mark.parametrize("count", [None, 1, 4, ROWS, 99])
+def test_score_learns_from_a_random_subset_of_the_contexts(count: int | None) -> None:
+    rows = torch.randn(2, ROWS, WIDTH)
+    identity = torch.eye(DIM, WIDTH)
+
+    def guide() -> None:
+        scale = pyro.param("scale", torch.tensor(1e-3))
+        with pyro.plate("a", 2, dim=-2), pyro.plate("b", ROWS, dim=-1):
+            sampler = lambda noise, c: c @ identity.mT + scale * noise  # noqa: E731
+            pyro.sample("z", Implicit(sampler, DIM, rows))
+
+    def model() -> None:
+        with pyro.plate("a", 2, dim=-2), pyro.plate("b", ROWS, dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(DIM), 1.0).to_event(1))
+
+    elbo = TraceImplicit_ELBO(Recorder, num_score_samples=8, num_score_contexts=count)
+    for _ in range(2):
+        elbo.loss_and_grads(model, guide)
+    estimator = elbo.estimators["z"]
+    assert isinstance(estimator, Recorder)
+    wanted = 2 * ROWS if count is None or count > 2 * ROWS else count
+    for samples, context, center in estimator.seen:
+        flat = context.reshape(-1, WIDTH)
+        assert len(flat) == wanted == len(flat.unique(dim=0))
+        # Every draw lies at its own context, whose image the center is.
+        image = flat @ identity.mT
+        torch.testing.assert_close(center.reshape(-1, DIM), image)
+        assert (samples.reshape(8, -1, DIM) - image).abs().max() < 0.01
+    first, second = (seen[1].reshape(-1, WIDTH) for seen in estimator.seen)
+    assert torch.equal(first, second) == (wanted == 2 * ROWS)
+    assert elbo.diagnostics()["z"]["std"] > 0
+
+
 def test_diagnostics() -> None:
     elbo, _ = trained()
     diagnostics = elbo.diagnostics()
