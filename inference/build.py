@@ -165,16 +165,10 @@ def _build_two_levels(config: Config, parts: _Parts, head: nn.Module, name: str)
     )
 
 
-def _build_full(config: Config, feature_dim: int, latent_dim: int) -> FullCovarianceGuide:
-    return FullCovarianceGuide(
-        feature_dim, latent_dim, gain=config.gain, compute_dtype=config.compute_dtype
-    )
-
-
 def _build_base(config: Config, feature_dim: int, latent_dim: int) -> GaussianGuide | None:
     """The Normal that an implicit guide deviates from."""
     if config.base == "full":
-        return _build_full(config, feature_dim, latent_dim)
+        return FullCovarianceGuide(feature_dim, latent_dim, compute_dtype=config.compute_dtype)
     return GaussianGuide(feature_dim, latent_dim) if config.base == "diagonal" else None
 
 
@@ -182,7 +176,9 @@ def _build_head(config: Config, feature_dim: int, latent_dim: int) -> nn.Module:
     if config.guide == "gaussian":
         return GaussianGuide(feature_dim, latent_dim)
     if config.guide == "fullcov":
-        return _build_full(config, feature_dim, latent_dim)
+        return FullCovarianceGuide(
+            feature_dim, latent_dim, gain=config.gain, compute_dtype=config.compute_dtype
+        )
     if config.guide == "flow":
         return FlowGuide(
             feature_dim,
@@ -199,7 +195,7 @@ def _build_head(config: Config, feature_dim: int, latent_dim: int) -> nn.Module:
             base=base,
             noise_dim=config.noise_dim,
             hidden_dims=hidden_dims if base is not None else (feature_dim, feature_dim),
-            activation=ACTIVATIONS["silu" if base is not None else config.activation],
+            activation=ACTIVATIONS[config.activation],
             gain=config.gain,
             compute_dtype=config.compute_dtype,
         )

@@ -128,7 +128,8 @@ class Config:
     without a decay the one drifts upwards with the lag of the score."""
     gain: float = 0.1
     """Guides that deviate from a Gaussian: factor on the deviation, by whose square it learns
-    slower than the rest."""
+    slower than the rest. Implicit guide and AVB: also a bound on how fast it changes with the
+    noise, in (0, 1)."""
     score_hidden_dim: int = 48
     """Guides without a density: width of the network of the score, or of AVB's discriminator."""
     score_depth: int = 4

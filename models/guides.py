@@ -11,9 +11,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
+from torch.func import functional_call
 
+from models.contraction import SILU_SLOPE, contracted
 from models.networks import ConditionalMLP, Network
-from models.transforms import UnitLowerAffine
+from models.transforms import Below, UnitLowerAffine
 from pyro_ardae import Implicit
 
 __all__ = ["FullCovarianceGuide", "GaussianGuide", "ImplicitGuide"]
@@ -79,9 +81,8 @@ class FullCovarianceGuide(GaussianGuide):
     ) -> None:
         super().__init__(feature_dim, latent_dim)
         self.gain = gain
-        rows, columns = torch.tril_indices(latent_dim, latent_dim, -1)
-        self.register_buffer("below", rows * latent_dim + columns, persistent=False)
-        factor = nn.Linear(feature_dim, len(rows))
+        self.below = Below(latent_dim)
+        factor = nn.Linear(feature_dim, self.below.count)
         nn.init.zeros_(factor.weight)
         nn.init.zeros_(factor.bias)
         self.factor = Network(factor, compute_dtype=compute_dtype)
@@ -89,11 +90,8 @@ class FullCovarianceGuide(GaussianGuide):
     def transform(self, features: Tensor) -> Transform:
         """As the diagonal one's, with the lower triangular factor in place of the scale."""
         loc, scale = self.moments(features)
-        dim = loc.shape[-1]
         entries = self.gain * self.factor(features)
-        lower = entries.new_zeros(*entries.shape[:-1], dim * dim)
-        lower = lower.index_copy(-1, self.below, entries).unflatten(-1, (dim, dim))
-        return UnitLowerAffine(loc, scale, lower, cache_size=1)
+        return UnitLowerAffine(loc, scale, entries, self.below, cache_size=1)
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         # The transform keeps the noise of a draw; a MultivariateNormal would solve for it.
@@ -110,19 +108,27 @@ class ImplicitGuide(nn.Module):
     .. math:: z = \mu(h) + A(h)\, (\epsilon_{1:D} + \gamma\, g(h, \epsilon)),
 
     where :math:`h` are the features, :math:`\mu` and A location and scale (or triangular factor) of
-    the base, :math:`\epsilon` the noise and g a network whose last layer starts at zero. Without,
-    :math:`z = g(h, \epsilon)`, which finds posteriors of several separated modes more easily.
+    the base, :math:`\epsilon` the noise and g a network whose last layer starts at zero. Its layers
+    are contractions (:mod:`models.contraction`), so that with :math:`\gamma < 1` noise and latent
+    determine each other, given h and the rest of the noise: a guide that could fold or flatten its
+    noise does so where the score is not resolved, and what it then gains is not there.
+
+    Without a base, :math:`z = g(h, \epsilon)` with any g, which finds posteriors of several
+    separated modes.
 
     :param int feature_dim: width of the features.
     :param int latent_dim: width of the latent.
     :param GaussianGuide base: the Normal, or ``None``.
     :param int noise_dim: width of the standard normal noise; ``latent_dim`` at least with a base.
     :param tuple[int, ...] hidden_dims: widths of the hidden layers of the sampler, at least one.
-    :param type[nn.Module] activation: activation of the hidden layers.
-    :param float gain: :math:`\gamma`, positive.
+    :param type[nn.Module] activation: activation of the hidden layers, without a base; with one it
+        is SiLU, over its largest slope.
+    :param float gain: :math:`\gamma`, in (0, 1): with a base a bound on how fast the deviation
+        changes with the noise.
     :param torch.dtype compute_dtype: precision of the matrix products, see
         :class:`models.networks.MLP`.
-    :raises ValueError: if the noise is too narrow or there is no hidden layer.
+    :raises ValueError: if the noise is too narrow, the gain out of range or there is no hidden
+        layer.
     """
 
     def __init__(
@@ -134,7 +140,7 @@ class ImplicitGuide(nn.Module):
         noise_dim: int,
         hidden_dims: tuple[int, ...],
         activation: type[nn.Module] = nn.SiLU,
-        gain: float = 0.1,
+        gain: float = 0.8,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -143,6 +149,8 @@ class ImplicitGuide(nn.Module):
                 f"noise_dim: expected at least latent_dim = {latent_dim} with a base, "
                 f"got {noise_dim}"
             )
+        if not 0 < gain < 1:
+            raise ValueError(f"gain: expected a number in (0, 1), got {gain}")
         self.latent_dim = latent_dim
         self.noise_dim = noise_dim
         self.gain = gain
@@ -151,10 +159,11 @@ class ImplicitGuide(nn.Module):
             noise_dim,
             feature_dim,
             sizes=(*hidden_dims, latent_dim),
-            activation=activation,
+            activation=activation if base is None else nn.SiLU,
             zero_output=base is not None,
             compute_dtype=compute_dtype,
         )
+        self.factor = 1.0 if base is None else gain / SILU_SLOPE ** len(hidden_dims)
 
     def deviation_parameters(self) -> list[nn.Parameter]:
         """Parameters of the network that deviates from the Gaussian."""
@@ -163,13 +172,36 @@ class ImplicitGuide(nn.Module):
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         # What does not depend on the noise is computed here, once per data point, and bound to
         # the sampler: Implicit would hand it one copy of the features for each draw.
-        sampler = partial(self._sample, projected=self.net.project(features))
+        if self.base is None:
+            sampler = partial(self._sample, projected=self.net.project(features))
+        else:
+            sampler = partial(
+                self._deviate, projected=self.net.project(features), weights=self._contracted()
+            )
         implicit = Implicit(sampler, self.noise_dim, features, (self.latent_dim,))
         return implicit if self.base is None else self.base.place(features, implicit)
 
+    def _contracted(self) -> dict[str, Tensor]:
+        """The deviation's matrices that noise goes through, as contractions."""
+        parts = {"from_input": self.net.from_input, "net": self.net.net}
+        return {
+            f"{part}.{name}": weight
+            for part, layers in parts.items()
+            for name, weight in contracted(layers).items()
+        }
+
     def _sample(self, noise: Tensor, _features: Tensor, *, projected: Tensor) -> Tensor:
         """Noise ``[*sample, B, noise_dim]`` to draws ``[*sample, B, latent_dim]``."""
-        deviation = self.net(noise, projected)
-        if self.base is None:
-            return deviation
-        return torch.add(noise[..., : self.latent_dim], deviation, alpha=self.gain)
+        return self.net(noise, projected)
+
+    def _deviate(
+        self,
+        noise: Tensor,
+        _features: Tensor,
+        *,
+        projected: Tensor,
+        weights: dict[str, Tensor],
+    ) -> Tensor:
+        """As :meth:`_sample`, in units of the base."""
+        deviation = functional_call(self.net, weights, (noise, projected))
+        return torch.add(noise[..., : self.latent_dim], deviation, alpha=self.factor)

@@ -53,8 +53,10 @@ def test_full_covariance_density(float64: None) -> None:
     value = torch.randn(7, BATCH, LATENT)
     expected = dense_log_prob(value, head.loc(features), factor @ factor.mT)
     torch.testing.assert_close(posterior.log_prob(value), expected)
-    draw = posterior.rsample()  # its noise is kept: no solve
-    torch.testing.assert_close(posterior.log_prob(draw), posterior.log_prob(draw.clone()))
+    for shape in ((), (7,), (2, 7)):
+        draw = posterior.rsample(shape)  # its noise is kept: no solve
+        assert draw.shape == (*shape, BATCH, LATENT)
+        torch.testing.assert_close(posterior.log_prob(draw), posterior.log_prob(draw.clone()))
 
 
 def test_full_covariance_starts_diagonal() -> None:

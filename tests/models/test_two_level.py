@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -12,6 +14,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from models.auxiliary_vae import AuxiliaryVAE
+from models.contraction import SILU_SLOPE
 from models.guides import GaussianGuide, ImplicitGuide
 from models.hierarchical_guide import HierarchicalGuide, ReverseGuide
 from models.networks import MLP, ConditionalMLP
@@ -130,13 +133,13 @@ def test_gradient_of_two_implicit_levels_with_exact_scores(float64: None) -> Non
     noise = {}
 
     def remember(module: ImplicitGuide, name: str) -> None:
-        original = module._sample
+        original = module._deviate
 
-        def sample(eps: Tensor, features: Tensor, *, projected: Tensor) -> Tensor:
+        def deviate(eps: Tensor, features: Tensor, **given: Any) -> Tensor:
             noise.setdefault(name, eps)
-            return original(eps, features, projected=projected)
+            return original(eps, features, **given)
 
-        module._sample = sample  # type: ignore[method-assign]
+        module._deviate = deviate  # type: ignore[method-assign]
 
     remember(vae.head, "z1")
     remember(vae.second_head, "z2")
@@ -151,9 +154,10 @@ def test_gradient_of_two_implicit_levels_with_exact_scores(float64: None) -> Non
     parts = []
     for module, name in ((vae.head, "z1"), (vae.second_head, "z2")):
         base = module.base(features).base_dist
-        y = noise[name][..., :LATENT] + module.gain * module.net(
-            noise[name], module.net.project(features)
+        deviation = torch.func.functional_call(
+            module.net, module._contracted(), (noise[name], module.net.project(features))
         )
+        y = noise[name][..., :LATENT] + module.gain / SILU_SLOPE * deviation
         parts.append(base.loc + base.scale * y)
         # log q(y) of the exact score, as a surrogate; the transform's Jacobian.
         loss = loss - (y.detach() * y).sum() - base.scale.log().sum()
