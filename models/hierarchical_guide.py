@@ -98,6 +98,21 @@ class HierarchicalGuide(nn.Module):
         loc = torch.addcmul(base_loc, base_scale, loc)
         return dist.Normal(loc, base_scale * scale, validate_args=False).to_event(1)
 
+    @torch.no_grad()
+    def conditional_draws(
+        self, features: Tensor, sample_shape: torch.Size = torch.Size()
+    ) -> tuple[Tensor, Tensor]:
+        """Draws of z and their log-densities given the auxiliary latent, as
+        :meth:`models.guides.ImplicitGuide.conditional_draws`.
+        """
+        auxiliary = self.mixing(features).sample(sample_shape)
+        loc, scale = self._inner(auxiliary, self.net.project(features))
+        inner = dist.Normal(loc, scale, validate_args=False).to_event(1)
+        transform = self.base.transform(features)
+        w = inner.sample()
+        z = transform(w)
+        return z, inner.log_prob(w) - transform.log_abs_det_jacobian(w, z)
+
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         """The marginal of z."""
         loc, scale = self.auxiliary.moments(features)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from torch import Tensor, nn
 
@@ -114,3 +115,12 @@ class TwoLevelVAE(VAE):
             lambda first: self.second(features, first),
             second_dim=self.latent_dim,
         )
+
+    @torch.no_grad()
+    def conditional_draws(self, x: Tensor, sample_shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Of both levels, as :meth:`models.vae.VAE.conditional_draws`."""
+        features = self.trunk(x)
+        first, log_q = self.head.conditional_draws(features, sample_shape)
+        by_second = self.second_trunk(first, self.second_trunk.project(features))
+        second, log_q_second = self.second_head.conditional_draws(by_second)
+        return torch.cat([first, second], -1), log_q + log_q_second

@@ -11,7 +11,7 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 __all__ = ["LogJoint", "VAE"]
 
@@ -79,6 +79,20 @@ class VAE(nn.Module):
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         """The guide's distribution of the latents of ``x``: batch shape ``[B]``."""
         return self.head(self.trunk(x))
+
+    @property
+    def has_conditional_draws(self) -> bool:
+        """Whether :meth:`conditional_draws` can be called: not for a network without a base."""
+        return getattr(self.head, "base", None) is not None and hasattr(
+            self.head, "conditional_draws"
+        )
+
+    def conditional_draws(self, x: Tensor, sample_shape: Size) -> tuple[Tensor, Tensor]:
+        """Latents ``[*sample, B, D]`` of a guide without a density, and log-densities ``[*sample,
+        B]`` given a part of their noise, see
+        :meth:`models.guides.ImplicitGuide.conditional_draws`.
+        """
+        return self.head.conditional_draws(self.trunk(x), sample_shape)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """``log p(x, z)`` for data ``[B, X]`` and latents ``[*sample, B, latent_dim]``.

@@ -78,6 +78,9 @@ def test_gap_is_the_divergence_from_the_posterior(guide: str) -> None:
     # comes from a fit, whose misfit makes the gap smaller, never much larger.
     assert found["ais_gap"] == pytest.approx(gap, abs=0.05)
     assert ("elbo_energy" in arrays) == (guide == "implicit")
+    assert ("ais_gap_bound" in found) == (guide == "implicit")
+    if guide == "implicit":  # nothing deviates yet, so the bound is exact, but for draws: sd 0.05
+        assert found["ais_gap_bound"] == pytest.approx(gap, abs=0.2)
     assert found["ais_chain_error"] < 0.01
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from models.chain import Chain
+from models.contraction import spectral_bound
 from models.flows import FlowGuide
-from models.guides import FullCovarianceGuide, GaussianGuide
+from models.guides import FullCovarianceGuide, GaussianGuide, ImplicitGuide
 from models.hierarchical_guide import HierarchicalGuide
 from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
@@ -225,3 +226,71 @@ def test_gradient_of_the_hierarchical_marginal_with_its_exact_score(
         assert expected is not None, name
         assert found[name] is not None, name
         torch.testing.assert_close(found[name], expected, atol=1e-10, rtol=1e-10)
+
+
+def test_spectral_bound_is_above_the_norm_and_near_it(float64: None) -> None:
+    for shape in ((64, 100), (32, 64), (5, 5), (7, 1)):
+        for scale in (1e-6, 1.0, 1e4):
+            weight = scale * torch.randn(shape)
+            ratio = spectral_bound(weight) / torch.linalg.matrix_norm(weight, 2)
+            assert 1 - 1e-9 < ratio < min(shape) ** (1 / 16) + 1e-9
+    assert float(spectral_bound(torch.zeros(3, 4))) < 1e-6
+
+
+def implicit_head(*, noise_dim: int, by: float) -> ImplicitGuide:
+    base = FullCovarianceGuide(FEATURES, LATENT)
+    head = ImplicitGuide(FEATURES, LATENT, base=base, noise_dim=noise_dim, hidden_dims=(8, 8))
+    disturb(base)
+    disturb(head.net, by=by)
+    return head
+
+
+def test_deviation_is_a_contraction_whatever_its_weights(float64: None) -> None:
+    head = implicit_head(noise_dim=5, by=30.0)
+    features = torch.randn(BATCH, FEATURES)
+    implicit = find_implicit(head(features))
+    assert implicit is not None
+    one, near = torch.randn(500, BATCH, 5), 1e-3 * torch.randn(500, BATCH, 5)
+    for other in (one + near, torch.randn(500, BATCH, 5)):
+        moved = implicit.sampler(other, features) - implicit.sampler(one, features)
+        own = (other - one)[..., :LATENT]
+        ratio = (moved - own).norm(dim=-1) / (other - one).norm(dim=-1)
+        assert ratio.max() < head.gain
+    assert ratio.max() > 1e-3  # there is a deviation
+
+
+def test_density_of_conditional_draws(float64: None) -> None:
+    """Without further noise it is the guide's own: weights to any density have mean 1."""
+    head = implicit_head(noise_dim=LATENT, by=1.0)
+    features = torch.randn(BATCH, FEATURES)
+    torch.manual_seed(1)
+    z, log_q = head.conditional_draws(features, torch.Size((20_000,)))
+    assert z.shape == (20_000, BATCH, LATENT)
+    assert log_q.shape == (20_000, BATCH)
+    centred = z - z.mean(0)
+    covariance = torch.einsum("sbi,sbj->bij", centred, centred) / len(z)
+    narrow = dist.MultivariateNormal(z.mean(0), 0.5 * covariance)
+    weights = (narrow.log_prob(z) - log_q).exp()
+    error = weights.std(0) / len(z) ** 0.5
+    assert ((weights.mean(0) - 1).abs() < 5 * error).all()
+    assert error.max() < 0.05
+    # Without the determinant of the deviation they would not.
+    gaussian = head.base.transform(features)
+    noise_alone = dist.Normal(0.0, 1.0).log_prob(gaussian.inv(z)).sum(-1)
+    assert (log_q - noise_alone).std() > 0.05
+
+
+def test_conditional_draws_of_the_hierarchical_guide(float64: None) -> None:
+    head = hierarchical()
+    features = torch.randn(BATCH, FEATURES)
+    torch.manual_seed(1)
+    z, log_q = head.conditional_draws(features, torch.Size((7,)))
+    torch.manual_seed(1)
+    conditional = head.conditional(features, head.mixing(features).sample((7,)))
+    torch.testing.assert_close(conditional.log_prob(z), log_q)
+
+
+def test_conditional_draws_need_a_base() -> None:
+    head = ImplicitGuide(FEATURES, LATENT, base=None, noise_dim=4, hidden_dims=(8,))
+    with pytest.raises(TypeError, match="expected a guide with a base"):
+        head.conditional_draws(torch.randn(BATCH, FEATURES))

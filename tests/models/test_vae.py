@@ -105,5 +105,7 @@ def test_two_models_keep_apart_by_name() -> None:
 def test_errors_of_the_implicit_head() -> None:
     with pytest.raises(ValueError, match="noise_dim: expected at least latent_dim = 3"):
         ImplicitGuide(4, 3, base=GaussianGuide(4, 3), noise_dim=2, hidden_dims=(8,))
+    with pytest.raises(ValueError, match=r"gain: expected a number in \(0, 1\), got 1.5"):
+        ImplicitGuide(4, 3, base=None, noise_dim=3, hidden_dims=(8,), gain=1.5)
     with pytest.raises(ValueError, match="hidden_dims: expected at least one"):
         ImplicitGuide(4, 3, base=None, noise_dim=3, hidden_dims=())
