@@ -149,8 +149,8 @@ def table(out: Path, results: Mapping[Key, Row], *, budget_seconds: float) -> st
     if marked:
         lines += [
             "",
-            "\\* Without a density: the ELBO is a lower bound, the gap an upper one, by log q given "
-            "a part of the guide's noise.",
+            "\\* Without a density: the ELBO is a lower bound, the gap an upper one, by "
+            "log q given a part of the guide's noise.",
         ]
     return "\n".join(lines) + "\n"
 

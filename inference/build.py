@@ -21,7 +21,7 @@ from inference.options import SCORED, Config
 from models.auxiliary_vae import AuxiliaryVAE
 from models.convolutions import ConvNetwork, ConvTrunk, ResConvNetwork, ResConvTrunk
 from models.flows import FlowGuide
-from models.guides import FullCovarianceGuide, GaussianGuide, ImplicitGuide
+from models.guides import DeviatingGuide, FullCovarianceGuide, GaussianGuide, ImplicitGuide
 from models.hierarchical_guide import HierarchicalGuide, ReverseGuide
 from models.mnist import NUM_PIXELS, BernoulliDecoder
 from models.networks import ACTIVATIONS, MLP, ConditionalMLP
@@ -189,13 +189,21 @@ def _build_head(config: Config, feature_dim: int, latent_dim: int) -> nn.Module:
     base = _build_base(config, feature_dim, latent_dim)
     hidden_dims = _DEVIATION_FROM_FULL if config.base == "full" else _DEVIATION
     if config.guide in ("implicit", "avb"):
-        return ImplicitGuide(
+        if base is None:
+            return ImplicitGuide(
+                feature_dim,
+                latent_dim,
+                noise_dim=config.noise_dim,
+                hidden_dims=(feature_dim, feature_dim),
+                activation=ACTIVATIONS[config.activation],
+                compute_dtype=config.compute_dtype,
+            )
+        return DeviatingGuide(
+            base,
             feature_dim,
             latent_dim,
-            base=base,
             noise_dim=config.noise_dim,
-            hidden_dims=hidden_dims if base is not None else (feature_dim, feature_dim),
-            activation=ACTIVATIONS[config.activation],
+            hidden_dims=hidden_dims,
             gain=config.gain,
             compute_dtype=config.compute_dtype,
         )

@@ -44,6 +44,19 @@ class PlanePosterior:
     """KL(guide || posterior) in nats, corrected for the number of draws."""
 
     @property
+    def negentropy(self) -> float:
+        """KL(posterior || Gaussian of its moments), nats: how far it is from any Gaussian."""
+        masses, (first, second) = self.log_masses.exp(), self.centres
+        points = torch.cartesian_prod(first, second).double()
+        weights = masses.flatten().unsqueeze(-1)
+        centred = points - (weights * points).sum(0)
+        covariance = (weights * centred).mT @ centred
+        log_cell = math.log(float(first[1] - first[0]) * float(second[1] - second[0]))
+        entropy = -(masses * (self.log_masses - log_cell)).sum()
+        gaussian = math.log(2 * math.pi * math.e) + 0.5 * torch.logdet(covariance)
+        return float(gaussian - entropy)
+
+    @property
     def shown(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Ranges of z1 and z2 that hold nearly all of both."""
         low, high = (self.draws[:3000].quantile(part, 0) for part in (0.002, 0.998))

@@ -97,7 +97,7 @@ def tight_evaluation(
                         guide_samples=options.start_samples,
                     )
                     found = {"elbo_energy": fit.energy, "elbo_gaussian": fit.gaussian}
-                    if vae.has_conditional_draws:
+                    if hasattr(vae.head, "conditional_draws"):
                         found["elbo_bound"] = _bound(vae, chunk, options.elbo_samples)
             proposal = refine_gaussian(log_joint, start, num_steps=options.refinement_steps)
             estimate = annealed_importance_sampling(

@@ -172,11 +172,11 @@ def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Pa
             found[run] = [plane_posterior(vae, row, num_draws=options.draws) for row in x.split(1)]
     path = options.out / "posteriors.csv"
     lines = (
-        [run.name, index, f"{one.kl:.5f}", f"{one.log_px:.5f}"]
+        [run.name, index, f"{one.kl:.5f}", f"{one.log_px:.5f}", f"{one.negentropy:.5f}"]
         for run, ones in found.items()
         for index, one in enumerate(ones)
     )
-    write_csv(path, ("run", "image", "kl", "log_px"), lines)
+    write_csv(path, ("run", "image", "kl", "log_px", "negentropy"), lines)
     for run, ones in found.items():
         kl = torch.tensor([one.kl for one in ones], dtype=torch.double)
         error = kl.std() / len(kl) ** 0.5
@@ -185,10 +185,9 @@ def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Pa
             f"images, median {kl.median():.3f}, log p(x) by quadrature "
             f"{sum(one.log_px for one in ones) / len(ones):.3f}"
         )
-    # Images by a rule: at these quantiles of the first run's divergence.
-    first = torch.tensor([one.kl for one in next(iter(found.values()))])
-    order = first.argsort()
-    chosen = [int(order[round(part * (len(order) - 1))]) for part in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    # Images by a rule: those whose posterior in the last run is farthest from a Gaussian.
+    last = torch.tensor([one.negentropy for one in list(found.values())[-1]])
+    chosen = last.argsort(descending=True)[:5].tolist()
     labels = {runs[run][0].preset: [ones[index] for index in chosen] for run, ones in found.items()}
     return [plots.save(posterior_figure(labels), options.out / "posteriors.png"), path]
 

@@ -18,7 +18,7 @@ from models.networks import ConditionalMLP, Network
 from models.transforms import Below, UnitLowerAffine
 from pyro_ardae import Implicit
 
-__all__ = ["FullCovarianceGuide", "GaussianGuide", "ImplicitGuide"]
+__all__ = ["DeviatingGuide", "FullCovarianceGuide", "GaussianGuide", "ImplicitGuide"]
 
 
 class GaussianGuide(nn.Module):
@@ -101,30 +101,71 @@ class FullCovarianceGuide(GaussianGuide):
 
 
 class ImplicitGuide(nn.Module):
-    r"""A distribution over the latent that can be sampled but has no density.
+    r"""A distribution over the latent that can be sampled but has no density: a network throughout,
 
-    With a ``base`` it deviates from a Normal and starts as that one,
+    .. math:: z = g(h, \epsilon),
 
-    .. math:: z = \mu(h) + A(h)\, (\epsilon_{1:D} + \gamma\, g(h, \epsilon)),
-
-    where :math:`h` are the features, :math:`\mu` and A location and scale (or triangular factor) of
-    the base, :math:`\epsilon` the noise and g a network whose last layer starts at zero. Its layers
-    are contractions (:mod:`models.contraction`), so that with :math:`\gamma < 1` noise and latent
-    determine each other, given h and the rest of the noise: a guide that could fold or flatten its
-    noise does so where the score is not resolved, and what it then gains is not there.
-
-    Without a base, :math:`z = g(h, \epsilon)` with any g, which finds posteriors of several
-    separated modes.
+    of features h and noise :math:`\epsilon`, for posteriors of several separated modes.
 
     :param int feature_dim: width of the features.
     :param int latent_dim: width of the latent.
-    :param GaussianGuide base: the Normal, or ``None``.
-    :param int noise_dim: width of the standard normal noise; ``latent_dim`` at least with a base.
-    :param tuple[int, ...] hidden_dims: widths of the hidden layers of the sampler, at least one.
-    :param type[nn.Module] activation: activation of the hidden layers, without a base; with one it
-        is SiLU, over its largest slope.
-    :param float gain: :math:`\gamma`, in (0, 1): with a base a bound on how fast the deviation
-        changes with the noise.
+    :param int noise_dim: width of the standard normal noise.
+    :param tuple[int, ...] hidden_dims: widths of the hidden layers of g, at least one.
+    :param type[nn.Module] activation: activation of the hidden layers.
+    :param torch.dtype compute_dtype: precision of the matrix products, see
+        :class:`models.networks.MLP`.
+    :raises ValueError: if there is no hidden layer.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        latent_dim: int,
+        *,
+        noise_dim: int,
+        hidden_dims: tuple[int, ...],
+        activation: type[nn.Module] = nn.SiLU,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.latent_dim, self.noise_dim = latent_dim, noise_dim
+        self.net = ConditionalMLP(
+            noise_dim,
+            feature_dim,
+            sizes=(*hidden_dims, latent_dim),
+            activation=activation,
+            compute_dtype=compute_dtype,
+        )
+
+    def forward(self, features: Tensor) -> dist.TorchDistribution:
+        # What does not depend on the noise is computed here, once per data point, and bound to
+        # the sampler: Implicit would hand it one copy of the features for each draw.
+        sampler = partial(self._sample, projected=self.net.project(features))
+        return Implicit(sampler, self.noise_dim, features, (self.latent_dim,))
+
+    def _sample(self, noise: Tensor, _features: Tensor, *, projected: Tensor) -> Tensor:
+        """Noise ``[*sample, B, noise_dim]`` to draws ``[*sample, B, latent_dim]``."""
+        return self.net(noise, projected)
+
+
+class DeviatingGuide(nn.Module):
+    r"""An implicit distribution over the latent that starts as a Normal and deviates from it,
+
+    .. math:: z = \mu(h) + A(h)\, (\epsilon_{1:D} + \gamma\, g(h, \epsilon)),
+
+    where h are the features, :math:`\mu` and A location and scale (or triangular matrix) of the
+    Normal, :math:`\epsilon` the noise, and g a network whose last layer starts at zero and that
+    brings no two noises further apart than they are (:mod:`models.contraction`). As
+    :math:`\gamma < 1`, noise and latent determine each other, given h and the rest of the noise. A
+    guide that could fold or flatten its noise would do so where its score is not resolved.
+
+    :param GaussianGuide base: the Normal.
+    :param int feature_dim: width of the features.
+    :param int latent_dim: width of the latent, that of the base.
+    :param int noise_dim: width of the standard normal noise, ``latent_dim`` at least.
+    :param tuple[int, ...] hidden_dims: widths of the hidden layers of g, at least one; they are
+        SiLU layers.
+    :param float gain: :math:`\gamma`, in (0, 1).
     :param torch.dtype compute_dtype: precision of the matrix products, see
         :class:`models.networks.MLP`.
     :raises ValueError: if the noise is too narrow, the gain out of range or there is no hidden
@@ -133,53 +174,44 @@ class ImplicitGuide(nn.Module):
 
     def __init__(
         self,
+        base: GaussianGuide,
         feature_dim: int,
         latent_dim: int,
         *,
-        base: GaussianGuide | None,
         noise_dim: int,
         hidden_dims: tuple[int, ...],
-        activation: type[nn.Module] = nn.SiLU,
         gain: float = 0.8,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if base is not None and noise_dim < latent_dim:
+        if noise_dim < latent_dim:
             raise ValueError(
-                f"noise_dim: expected at least latent_dim = {latent_dim} with a base, "
-                f"got {noise_dim}"
+                f"noise_dim: expected at least latent_dim = {latent_dim}, got {noise_dim}"
             )
         if not 0 < gain < 1:
             raise ValueError(f"gain: expected a number in (0, 1), got {gain}")
-        self.latent_dim = latent_dim
-        self.noise_dim = noise_dim
-        self.gain = gain
+        self.latent_dim, self.noise_dim, self.gain = latent_dim, noise_dim, gain
         self.base = base
         self.net = ConditionalMLP(
             noise_dim,
             feature_dim,
             sizes=(*hidden_dims, latent_dim),
-            activation=activation if base is None else nn.SiLU,
-            zero_output=base is not None,
+            activation=nn.SiLU,
+            zero_output=True,
             compute_dtype=compute_dtype,
         )
-        self.factor = 1.0 if base is None else gain / SILU_SLOPE ** len(hidden_dims)
+        self.factor = gain / SILU_SLOPE ** len(hidden_dims)
 
     def deviation_parameters(self) -> list[nn.Parameter]:
         """Parameters of the network that deviates from the Gaussian."""
         return [*self.net.parameters()]
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
-        # What does not depend on the noise is computed here, once per data point, and bound to
-        # the sampler: Implicit would hand it one copy of the features for each draw.
-        if self.base is None:
-            sampler = partial(self._sample, projected=self.net.project(features))
-        else:
-            sampler = partial(
-                self._deviate, projected=self.net.project(features), weights=self._contracted()
-            )
-        implicit = Implicit(sampler, self.noise_dim, features, (self.latent_dim,))
-        return implicit if self.base is None else self.base.place(features, implicit)
+        sampler = partial(
+            self._sample, projected=self.net.project(features), weights=self._contracted()
+        )
+        deviation = Implicit(sampler, self.noise_dim, features, (self.latent_dim,))
+        return self.base.place(features, deviation)
 
     @torch.no_grad()
     def conditional_draws(
@@ -196,10 +228,7 @@ class ImplicitGuide(nn.Module):
         :param Tensor features: ``[*batch, feature_dim]``.
         :param torch.Size sample_shape: shape of the draws for each.
         :returns: draws ``[*sample, *batch, latent_dim]`` and log-densities ``[*sample, *batch]``.
-        :raises TypeError: without a base.
         """
-        if self.base is None:
-            raise TypeError("conditional_draws: expected a guide with a base, got one without")
         weights, projected = self._contracted(), self.net.project(features)
         shape = sample_shape + features.shape[:-1]
         noise = torch.randn(*shape, self.noise_dim, dtype=features.dtype, device=features.device)
@@ -215,13 +244,13 @@ class ImplicitGuide(nn.Module):
         eye = torch.eye(self.latent_dim, dtype=own.dtype, device=own.device)
         log_q = dist.Normal(0.0, 1.0).log_prob(own).sum(-1)
         log_q = log_q - torch.linalg.slogdet(eye + self.factor * slopes)[1]
-        w = self._deviate(noise, features, projected=projected, weights=weights)
+        w = self._sample(noise, features, projected=projected, weights=weights)
         transform = self.base.transform(features)
         z = transform(w)
         return z, log_q.reshape(shape) - transform.log_abs_det_jacobian(w, z)
 
     def _contracted(self) -> dict[str, Tensor]:
-        """The deviation's matrices that noise goes through, as contractions."""
+        """The matrices that noise goes through, as contractions: once for all draws of a step."""
         parts = {"from_input": self.net.from_input, "net": self.net.net}
         return {
             f"{part}.{name}": weight
@@ -229,18 +258,11 @@ class ImplicitGuide(nn.Module):
             for name, weight in contracted(layers).items()
         }
 
-    def _sample(self, noise: Tensor, _features: Tensor, *, projected: Tensor) -> Tensor:
-        """Noise ``[*sample, B, noise_dim]`` to draws ``[*sample, B, latent_dim]``."""
-        return self.net(noise, projected)
-
-    def _deviate(
-        self,
-        noise: Tensor,
-        _features: Tensor,
-        *,
-        projected: Tensor,
-        weights: dict[str, Tensor],
+    def _sample(
+        self, noise: Tensor, _features: Tensor, *, projected: Tensor, weights: dict[str, Tensor]
     ) -> Tensor:
-        """As :meth:`_sample`, in units of the base."""
+        """Noise ``[*sample, B, noise_dim]`` to draws ``[*sample, B, latent_dim]``, in units of the
+        Normal.
+        """
         deviation = functional_call(self.net, weights, (noise, projected))
         return torch.add(noise[..., : self.latent_dim], deviation, alpha=self.factor)

@@ -103,7 +103,7 @@ class HierarchicalGuide(nn.Module):
         self, features: Tensor, sample_shape: torch.Size = torch.Size()
     ) -> tuple[Tensor, Tensor]:
         """Draws of z and their log-densities given the auxiliary latent, as
-        :meth:`models.guides.ImplicitGuide.conditional_draws`.
+        :meth:`models.guides.DeviatingGuide.conditional_draws`.
         """
         auxiliary = self.mixing(features).sample(sample_shape)
         loc, scale = self._inner(auxiliary, self.net.project(features))

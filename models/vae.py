@@ -80,17 +80,10 @@ class VAE(nn.Module):
         """The guide's distribution of the latents of ``x``: batch shape ``[B]``."""
         return self.head(self.trunk(x))
 
-    @property
-    def has_conditional_draws(self) -> bool:
-        """Whether :meth:`conditional_draws` can be called: not for a network without a base."""
-        return getattr(self.head, "base", None) is not None and hasattr(
-            self.head, "conditional_draws"
-        )
-
     def conditional_draws(self, x: Tensor, sample_shape: Size) -> tuple[Tensor, Tensor]:
         """Latents ``[*sample, B, D]`` of a guide without a density, and log-densities ``[*sample,
         B]`` given a part of their noise, see
-        :meth:`models.guides.ImplicitGuide.conditional_draws`.
+        :meth:`models.guides.DeviatingGuide.conditional_draws`.
         """
         return self.head.conditional_draws(self.trunk(x), sample_shape)
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal
 
 from inference.errors import UserError
-from inference.plane_posterior import plane_posterior
+from inference.plane_posterior import PlanePosterior, plane_posterior
 from inference.tight import Tight, load, paired, save, summary, tight_evaluation
-from models.guides import GaussianGuide, ImplicitGuide
+from models.guides import DeviatingGuide, GaussianGuide
 from models.vae import VAE
 from tests.inference.conftest import TINY, Program
 
@@ -58,7 +58,7 @@ def test_gap_is_the_divergence_from_the_posterior(guide: str) -> None:
     weight, x = torch.tensor([[1.0, 0.4], [0.2, 1.0], [0.5, -0.5]]), torch.randn(20, 3)
     head: nn.Module = GaussianGuide(3, 2)
     if guide == "implicit":  # it starts as its Gaussian base, so the truth is the same
-        head = ImplicitGuide(3, 2, base=GaussianGuide(3, 2), noise_dim=4, hidden_dims=(8,))
+        head = DeviatingGuide(GaussianGuide(3, 2), 3, 2, noise_dim=4, hidden_dims=(8,))
     vae = linear_vae(head, weight)
     with torch.no_grad():
         posterior = GaussianGuide.forward(head if guide == "gaussian" else head.base, x)  # type: ignore[arg-type]
@@ -122,8 +122,26 @@ def test_plane_posterior_of_a_linear_model() -> None:
     assert found.log_px == pytest.approx(evidence.log_prob(x).item(), abs=1e-3)
     # Cells leave out what happens within them, and 400,000 draws their noise.
     assert found.kl == pytest.approx(torch.distributions.kl_divergence(q, true).item(), rel=0.02)
+    assert found.negentropy == pytest.approx(0, abs=1e-3)
     with pytest.raises(ValueError, match="2 latents and 1 image"):
         plane_posterior(vae, x.expand(2, 3))
+
+
+def test_negentropy_of_two_equal_modes() -> None:
+    """Two normals of scale .1 a distance of 4 apart: log sqrt(1 + 4 / .01) less log 2."""
+    axis = torch.linspace(-4, 4, 1601)[1::2]
+    normal = torch.distributions.Normal(0.0, 0.1)
+    first = torch.logaddexp(normal.log_prob(axis - 2), normal.log_prob(axis + 2))
+    log_masses = (first.unsqueeze(1) + normal.log_prob(axis)).double()
+    posterior = PlanePosterior(
+        log_px=0.0,
+        log_masses=log_masses - log_masses.logsumexp((0, 1)),
+        centres=(axis, axis),
+        draws=torch.zeros(1, 2),
+        kl=0.0,
+    )
+    expected = 0.5 * math.log(1 + 4 / 0.01) - math.log(2)
+    assert posterior.negentropy == pytest.approx(expected, abs=1e-3)
 
 
 def test_evaluate_ais_and_against(

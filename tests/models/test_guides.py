@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.chain import Chain
 from models.contraction import spectral_bound
 from models.flows import FlowGuide
-from models.guides import FullCovarianceGuide, GaussianGuide, ImplicitGuide
+from models.guides import DeviatingGuide, FullCovarianceGuide, GaussianGuide
 from models.hierarchical_guide import HierarchicalGuide
 from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
@@ -237,16 +237,16 @@ def test_spectral_bound_is_above_the_norm_and_near_it(float64: None) -> None:
     assert float(spectral_bound(torch.zeros(3, 4))) < 1e-6
 
 
-def implicit_head(*, noise_dim: int, by: float) -> ImplicitGuide:
+def deviating(*, noise_dim: int, by: float) -> DeviatingGuide:
     base = FullCovarianceGuide(FEATURES, LATENT)
-    head = ImplicitGuide(FEATURES, LATENT, base=base, noise_dim=noise_dim, hidden_dims=(8, 8))
+    head = DeviatingGuide(base, FEATURES, LATENT, noise_dim=noise_dim, hidden_dims=(8, 8))
     disturb(base)
     disturb(head.net, by=by)
     return head
 
 
 def test_deviation_is_a_contraction_whatever_its_weights(float64: None) -> None:
-    head = implicit_head(noise_dim=5, by=30.0)
+    head = deviating(noise_dim=5, by=30.0)
     features = torch.randn(BATCH, FEATURES)
     implicit = find_implicit(head(features))
     assert implicit is not None
@@ -261,7 +261,7 @@ def test_deviation_is_a_contraction_whatever_its_weights(float64: None) -> None:
 
 def test_density_of_conditional_draws(float64: None) -> None:
     """Without further noise it is the guide's own: weights to any density have mean 1."""
-    head = implicit_head(noise_dim=LATENT, by=1.0)
+    head = deviating(noise_dim=LATENT, by=1.0)
     features = torch.randn(BATCH, FEATURES)
     torch.manual_seed(1)
     z, log_q = head.conditional_draws(features, torch.Size((20_000,)))
@@ -288,9 +288,3 @@ def test_conditional_draws_of_the_hierarchical_guide(float64: None) -> None:
     torch.manual_seed(1)
     conditional = head.conditional(features, head.mixing(features).sample((7,)))
     torch.testing.assert_close(conditional.log_prob(z), log_q)
-
-
-def test_conditional_draws_need_a_base() -> None:
-    head = ImplicitGuide(FEATURES, LATENT, base=None, noise_dim=4, hidden_dims=(8,))
-    with pytest.raises(TypeError, match="expected a guide with a base"):
-        head.conditional_draws(torch.randn(BATCH, FEATURES))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.auxiliary_vae import AuxiliaryVAE
 from models.contraction import SILU_SLOPE
-from models.guides import GaussianGuide, ImplicitGuide
+from models.guides import DeviatingGuide, GaussianGuide
 from models.hierarchical_guide import HierarchicalGuide, ReverseGuide
 from models.networks import MLP, ConditionalMLP
 from models.toy import NormalDecoder
@@ -31,13 +31,8 @@ DATA, LATENT, FEATURES, BATCH = 2, 3, 8, 5
 def head(kind: str) -> nn.Module:
     if kind == "gaussian":
         return GaussianGuide(FEATURES, LATENT)
-    return ImplicitGuide(
-        FEATURES,
-        LATENT,
-        base=GaussianGuide(FEATURES, LATENT),
-        noise_dim=4,
-        hidden_dims=(8,),
-    )
+    base = GaussianGuide(FEATURES, LATENT)
+    return DeviatingGuide(base, FEATURES, LATENT, noise_dim=4, hidden_dims=(8,))
 
 
 def two_levels(kind: str) -> TwoLevelVAE:
@@ -132,14 +127,14 @@ def test_gradient_of_two_implicit_levels_with_exact_scores(float64: None) -> Non
     state = torch.get_rng_state()
     noise = {}
 
-    def remember(module: ImplicitGuide, name: str) -> None:
-        original = module._deviate
+    def remember(module: DeviatingGuide, name: str) -> None:
+        original = module._sample
 
-        def deviate(eps: Tensor, features: Tensor, **given: Any) -> Tensor:
+        def sample(eps: Tensor, features: Tensor, **given: Any) -> Tensor:
             noise.setdefault(name, eps)
             return original(eps, features, **given)
 
-        module._deviate = deviate  # type: ignore[method-assign]
+        module._sample = sample  # type: ignore[method-assign]
 
     remember(vae.head, "z1")
     remember(vae.second_head, "z2")
@@ -169,3 +164,17 @@ def test_gradient_of_two_implicit_levels_with_exact_scores(float64: None) -> Non
         assert (expected is None) == (found[name] is None), name
         if expected is not None:
             torch.testing.assert_close(found[name], expected, atol=1e-10, rtol=1e-10)
+
+
+def test_conditional_draws_of_two_levels_start_as_the_normals(float64: None) -> None:
+    vae = two_levels("implicit")
+    x = torch.randn(BATCH, DATA)
+    z, log_q = vae.conditional_draws(x, torch.Size((7,)))
+    assert z.shape == (7, BATCH, 2 * LATENT)
+    first, second = z.split(LATENT, -1)
+    features = vae.trunk(x)
+    joint = vae.second_trunk(first, vae.second_trunk.project(features))
+    expected = vae.head.base(features).log_prob(first) + vae.second_head.base(joint).log_prob(
+        second
+    )
+    torch.testing.assert_close(log_q, expected)

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
-from models.guides import FullCovarianceGuide, GaussianGuide, ImplicitGuide
+from models.guides import DeviatingGuide, FullCovarianceGuide, GaussianGuide, ImplicitGuide
 from models.networks import MLP
 from models.toy import NormalDecoder
 from models.vae import VAE
@@ -28,10 +28,12 @@ def make(head: torch.nn.Module) -> VAE:
 BASES = {"none": None, "diagonal": GaussianGuide, "full": FullCovarianceGuide}
 
 
-def implicit(base: str) -> ImplicitGuide:
+def implicit(base: str) -> ImplicitGuide | DeviatingGuide:
     kind = BASES[base]
-    normal = None if kind is None else kind(FEATURES, LATENT)
-    return ImplicitGuide(FEATURES, LATENT, base=normal, noise_dim=5, hidden_dims=(16,))
+    if kind is None:
+        return ImplicitGuide(FEATURES, LATENT, noise_dim=5, hidden_dims=(16,))
+    normal = kind(FEATURES, LATENT)
+    return DeviatingGuide(normal, FEATURES, LATENT, noise_dim=5, hidden_dims=(16,))
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -48,6 +50,7 @@ def test_implicit_head_draws_for_each_data_point(base: str) -> None:
 def test_with_a_base_the_implicit_head_starts_as_that_gaussian(base: str) -> None:
     torch.manual_seed(0)
     head = implicit(base)
+    assert isinstance(head, DeviatingGuide)
     features = torch.randn(3, FEATURES)
     draws = head(features).sample((20_000,))
     loc, scale = head.base.moments(features)
@@ -103,9 +106,10 @@ def test_two_models_keep_apart_by_name() -> None:
 
 
 def test_errors_of_the_implicit_head() -> None:
-    with pytest.raises(ValueError, match="noise_dim: expected at least latent_dim = 3"):
-        ImplicitGuide(4, 3, base=GaussianGuide(4, 3), noise_dim=2, hidden_dims=(8,))
+    base = GaussianGuide(4, 3)
+    with pytest.raises(ValueError, match="noise_dim: expected at least latent_dim = 3, got 2"):
+        DeviatingGuide(base, 4, 3, noise_dim=2, hidden_dims=(8,))
     with pytest.raises(ValueError, match=r"gain: expected a number in \(0, 1\), got 1.5"):
-        ImplicitGuide(4, 3, base=None, noise_dim=3, hidden_dims=(8,), gain=1.5)
+        DeviatingGuide(base, 4, 3, noise_dim=3, hidden_dims=(8,), gain=1.5)
     with pytest.raises(ValueError, match="hidden_dims: expected at least one"):
-        ImplicitGuide(4, 3, base=None, noise_dim=3, hidden_dims=())
+        ImplicitGuide(4, 3, noise_dim=3, hidden_dims=())
