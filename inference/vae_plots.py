@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from inference import plots
+from inference.bench_vae_table import read_steps
 from inference.errors import UserError, user_errors
 from inference.evaluate import restore
 from inference.plane_posterior import PlanePosterior, plane_posterior
@@ -50,6 +51,9 @@ class Options:
     """Two latents: draws of the guide for each of them."""
     seed: int = 0
     """Seed of the subset and the draws."""
+    step_times: Path | None = None
+    """steps.csv of inference.bench vae: log p(x) is drawn against steps times the milliseconds that
+    were measured there, whatever else kept the machine busy while training."""
     data_dir: Path | None = None
     """Folder of binarized_mnist.npz; as in the run by default."""
 
@@ -57,7 +61,7 @@ class Options:
 def log_px_curves(
     axes: Axes, runs: Mapping[str, Sequence[Mapping[str, list[float]]]], *, title: str
 ) -> Axes:
-    """Draws validation log p(x) against wall-clock time, a line for each seed.
+    """Draws validation log p(x) against time, a line for each seed.
 
     :param Axes axes: where to draw.
     :param runs: by label the metrics of each seed, see :func:`inference.run.read_metrics`.
@@ -200,6 +204,7 @@ def draw(options: Options) -> list[Path]:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{options.out}: expected a writable folder, found: {error}") from None
+    times = {} if options.step_times is None else read_steps(options.step_times)
     changes = {} if options.data_dir is None else {"data_dir": options.data_dir}
     metrics: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
     plane: dict[Path, tuple[Config, VAE]] = {}
@@ -207,7 +212,11 @@ def draw(options: Options) -> list[Path]:
     for run in options.runs:
         config, vae = restore(run, **changes)
         vae.requires_grad_(False)
-        metrics[config.preset].append(read_metrics(run))
+        found = read_metrics(run)
+        if config.preset in times:
+            milliseconds = times[config.preset]["step_ms"]
+            found["seconds"] = [1e-3 * milliseconds * step for step in found["step"]]
+        metrics[config.preset].append(found)
         x = build_data(config).subset("test", 500, options.seed).to(config.device)
         torch.manual_seed(options.seed)
         written.append(

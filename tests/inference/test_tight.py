@@ -9,10 +9,12 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal
 
@@ -145,7 +147,11 @@ def test_negentropy_of_two_equal_modes() -> None:
 
 
 def test_evaluate_ais_and_against(
-    program: Program, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    program: Program,
+    sample_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runs = [tmp_path / str(seed) for seed in range(2)]
     for seed, run in enumerate(runs):
@@ -162,7 +168,19 @@ def test_evaluate_ais_and_against(
     assert results["ais_gap"] == pytest.approx(results["ais_log_px"] - results["ais_elbo"])
     assert results["test_points"] == 8  # what the run itself recorded is still there
 
-    program("vae_plots", *runs, "--out", tmp_path / "figures")
+    times = tmp_path / "steps.csv"
+    times.write_text("row,step_ms,model_ms,score_ms\nsbmnist-mlp-gaussian,60000,60000,0\n")
+    drawn: list[np.ndarray] = []
+    plot = Axes.plot
+
+    def keep(axes: Axes, x: np.ndarray, *given: Any, **options: Any) -> Any:
+        drawn.append(x)
+        return plot(axes, x, *given, **options)
+
+    monkeypatch.setattr(Axes, "plot", keep)
+    program("vae_plots", *runs, "--out", tmp_path / "figures", "--step-times", times)
+    for minutes in drawn:  # a step a minute
+        assert np.array_equal(minutes, [2.0])
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         *("0.png", "1.png", "log_px.png")
     }
