@@ -179,6 +179,7 @@ def test_evaluate_ais_and_against(
 
     monkeypatch.setattr(Axes, "plot", keep)
     program("vae_plots", *runs, "--out", tmp_path / "figures", "--step-times", times)
+    assert len(drawn) == 2
     for minutes in drawn:  # a step a minute
         assert np.array_equal(minutes, [2.0])
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
