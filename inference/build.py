@@ -186,8 +186,9 @@ def _build_head(config: Config, feature_dim: int, latent_dim: int) -> nn.Module:
             transforms=config.flow_transforms,
             hidden_dims=_DEVIATION,
         )
-    base = _build_base(config, feature_dim, latent_dim)
-    hidden_dims = _DEVIATION_FROM_FULL if config.base == "full" else _DEVIATION
+    # The others of the hierarchical kind need the density of a diagonal conditional.
+    base = _build_base(config, feature_dim, latent_dim) if config.guide in SCORED else None
+    hidden_dims = _DEVIATION_FROM_FULL if isinstance(base, FullCovarianceGuide) else _DEVIATION
     if config.guide in ("implicit", "avb"):
         if base is None:
             return ImplicitGuide(
@@ -207,13 +208,12 @@ def _build_head(config: Config, feature_dim: int, latent_dim: int) -> nn.Module:
             gain=config.gain,
             compute_dtype=config.compute_dtype,
         )
-    marginal = config.guide == "hierarchical-implicit"  # the others need the conditional's density
     guide = HierarchicalGuide(
         feature_dim,
         latent_dim,
-        base=base if marginal else None,
+        base=base,
         auxiliary_dim=config.auxiliary_dim,
-        hidden_dims=hidden_dims if marginal else _DEVIATION,
+        hidden_dims=hidden_dims,
         gain=config.gain,
         compute_dtype=config.compute_dtype,
     )

@@ -260,6 +260,11 @@ def check(config: Config) -> None:
                 f"--{name.replace('_', '-')}: {config.preset} does not read it, expected it to be "
                 f"left out, found {getattr(config, name)!r}"
             )
+    if config.guide == "hierarchical-implicit" and config.base == "none":
+        raise UserError(
+            f"--base: {config.preset} deviates from a Gaussian, expected diagonal or full, "
+            "found none"
+        )
     if config.train_on_valid and config.budget_seconds is not None:
         raise UserError(
             "--train-on-valid: expected a fixed number of --steps, found --budget-seconds"

@@ -3,9 +3,10 @@
 
 """Figures of VAE runs: ``python -m inference.vae_plots RUN... --out FOLDER``.
 
-Draws validation log p(x) against wall-clock time of all runs in one plot, and for each run samples,
-reconstructions and latent traversals. Runs with two latents get one more figure and a CSV file: the
-guide's posterior of single test images beside the true one by quadrature, and their KL divergence.
+Draws validation log p(x) against time of all runs in one plot, wall-clock or by measured step
+times, and for each run samples, reconstructions and latent traversals. Runs with two latents get
+one more figure and a CSV file: the guide's posterior of single test images beside the true one by
+quadrature, and their KL divergence.
 """
 
 from __future__ import annotations

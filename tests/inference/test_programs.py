@@ -169,6 +169,10 @@ def test_errors_end_in_one_line(
         ((*toy, "--resume", damaged), "latest.pt: expected a checkpoint"),
         ((*mnist, "--data-dir", tmp_path / "bad"), "expected a readable npz file"),
         ((*mnist, "--gain", 0.5), "--gain: sbmnist-mlp-gaussian does not read it"),
+        (
+            ("vae", "sbmnist-mlp-hierarchical-implicit", "--base", "none"),
+            "--base: sbmnist-mlp-hierarchical-implicit deviates from a Gaussian",
+        ),
         ((*mnist, "--train-on-valid", "--budget-seconds", 1), "found --budget-seconds"),
         ((*mnist, "--precision", "tf32"), "--precision tf32: expected a CUDA device"),
         (("vae", "dbmnist-mlp-flow", "--data-dir", tmp_path), "add --download"),
