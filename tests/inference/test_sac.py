@@ -219,7 +219,8 @@ def test_gradient_by_the_signs(standard_errors: Callable[[int], float]) -> None:
     count = 20_000
     obs = torch.zeros(count, 1)
     encoded = actor.encode(obs)
-    proposal = Proposal(encoded, actor.choose(encoded), torch.zeros(2, count, 1))
+    still = torch.zeros(count, 1)
+    proposal = Proposal(encoded, actor.choose(encoded), torch.zeros(2, count, 1), still, still + 1)
     agent.update_actor(obs, proposal, torch.full((count,), 7.0))
     odds = 4 * math.tanh(0.7 / 4)
     share = 1 / (1 + math.exp(-odds))
@@ -383,18 +384,18 @@ def test_draws_beyond_the_bounds_are_penalized() -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_penalty_on_the_moments_of_y() -> None:
-    """Its gradient is, in expectation, that of (v - 1 - log v) / 2 per coordinate."""
+    """Its gradient is, in expectation, that of (v - 1 - log v) / 2 per coordinate, times GAUGE."""
     agent, actor = linear_agent(Config(agent="sac-ardae", auto_alpha=False, bound=1e9))
     obs = torch.zeros(10_000, 3)
     with torch.no_grad():
         actor.factor.copy_(torch.diag(torch.tensor([0.5, 1.3])))
     agent.policy.BOUND_Y = 1e9
-    agent.policy.num_draws = 64  # by few draws, large variances are cut off
+    agent.policy.MOMENT_DRAWS = 128  # by few draws, large variances are cut off
     penalty = agent.policy.rsample(obs, agent.policy.fit(obs)).penalty
     (gradient,) = torch.autograd.grad(penalty, actor.factor)
     # v = A^2: by A, (1 - 1 / v) A.
     expected = torch.tensor([(1 - 1 / 0.25) * 0.5, (1 - 1 / 1.69) * 1.3])
-    assert torch.allclose(gradient.diagonal(), expected, rtol=0.1)
+    assert torch.allclose(gradient.diagonal(), agent.policy.GAUGE * expected, rtol=0.1)
 
 
 @pytest.mark.parametrize("name", ["sac", "sac-nf", "sac-ardae"])
