@@ -44,6 +44,9 @@ class Agent:
     :param Config config: options.
     """
 
+    #: Bound, in temperatures, of the difference in cost by which the odds of two parts move.
+    MAX_EXCESS = 0.5
+
     def __init__(self, policy: Policy, critic: Any, config: Config) -> None:
         self.config, self.policy, self.critic = config, policy, critic
         action_dim = policy.actor.action_dim
@@ -70,7 +73,7 @@ class Agent:
         """One update of score, critics, policy and temperature; returns scalars, detached."""
         proposal = self.policy.fit(batch.obs)
         metrics = self.update_critic(batch)
-        metrics |= self.update_actor(batch.obs, proposal, metrics.pop("baseline"))
+        metrics |= self.update_actor(batch.obs, proposal)
         if self.config.auto_alpha:
             self.update_alpha(metrics["log_pi"])
         return metrics
@@ -96,19 +99,15 @@ class Agent:
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, config.tau)
         q, loss = q.detach(), 0.5 * error.square().mean(1).sum()
-        found = {"critic_loss": loss, "q": q.mean(), "log_pi": mean}
-        return found | {"baseline": q.amin(0)}
+        return {"critic_loss": loss, "q": q.mean(), "log_pi": mean}
 
-    def update_actor(
-        self, obs: Tensor, proposal: Proposal | None, baseline: Tensor | float = 0.0
-    ) -> dict[str, Tensor]:
+    def update_actor(self, obs: Tensor, proposal: Proposal | None) -> dict[str, Tensor]:
         """One step of the actor.
 
         :param obs: ``[B, obs_dim]``.
         :param proposal: what ``policy.fit(obs)`` returned.
-        :param baseline: values ``[B]`` of the states, of any other action there: less variance.
         """
-        z, log_pi, penalty, log_choice = self.policy.rsample(obs, proposal)
+        z, log_pi, penalty, other = self.policy.rsample(obs, proposal)
         valued = z
         if penalty is not None:
             valued = z.clone()
@@ -122,10 +121,13 @@ class Agent:
             # What keeps a policy in range has to hold against the values, whatever their unit.
             weight = self.force.clamp_min(1.0).clone()
             loss = loss + weight * penalty + self.jacobian_clamp(obs)
-        if log_choice is not None:
-            # A discrete choice has no path to differentiate along, but a probability.
-            regret = cost.detach() + baseline
-            loss = loss + ((regret - regret.mean()) * log_choice).mean()
+        if other is not None:
+            # With the best odds, draws cost the same on average whatever their part.
+            with torch.no_grad():
+                of_other = self.critic(obs, other.z.tanh()).amin(0)
+                excess = cost.detach() - (self.alpha * other.log_pi - of_other)
+                limit = self.MAX_EXCESS * self.alpha
+            loss = loss + (excess.clamp(-limit, limit) * other.log_odds).mean()
         loss.backward()
         self.actor_optimizer.step()
         self.actor_optimizer.zero_grad(set_to_none=True)

@@ -20,13 +20,23 @@ from models.actors import (
     FlowActor,
     GaussianActor,
     ImplicitActor,
-    SignPosterior,
-    log_prob_of_signs,
+    PartPosterior,
     log_tanh_slope,
 )
 from pyro_ardae.score import ScoreEstimator
 
-__all__ = ["Draw", "ExplicitPolicy", "ImplicitPolicy", "Policy", "Proposal"]
+__all__ = ["Alternative", "Draw", "ExplicitPolicy", "ImplicitPolicy", "Policy", "Proposal"]
+
+
+class Alternative(NamedTuple):
+    """A draw of another part than a :class:`Draw` has, any, in the same states."""
+
+    z: Tensor
+    """``[B, D]``, detached."""
+    log_pi: Tensor
+    """``[B]``, detached."""
+    log_odds: Tensor
+    """Log-probability of the draw's part less that of this one's, ``[B]``, differentiable."""
 
 
 class Draw(NamedTuple):
@@ -38,8 +48,8 @@ class Draw(NamedTuple):
     """Log π of the action ``[B]``, with the gradient along the draw."""
     penalty: Tensor | None
     """What keeps the policy in range, scalar, if something has to."""
-    log_choice: Tensor | None
-    """Log-probability of the discrete part of the noise ``[B]``, if there is one."""
+    alternative: Alternative | None
+    """Another draw, if the actor has parts."""
 
 
 class ExplicitPolicy(nn.Module):
@@ -76,8 +86,8 @@ class Proposal(NamedTuple):
 
     encoded: Encoded
     """The states as the actor sees them, differentiable."""
-    sign: Tensor
-    """``[1, B, D]``."""
+    part: Tensor
+    """``[1, B]``."""
     draws: Tensor
     """``[num_draws, B, D]``."""
     mean: Tensor
@@ -89,29 +99,35 @@ class Proposal(NamedTuple):
 class ImplicitPolicy(nn.Module):
     r"""The policy of an implicit actor, with an estimated score.
 
-    The actor draws signs b, a y given them, and :math:`z = \mu(s, b) + \sigma(s, b) y`. So
+    The actor draws a part c, a y given it, and :math:`z = \mu(s, c) + \sigma(s, c) y`. So
 
-    .. math:: \log \pi(a \mid s) = \log q(y \mid s, b) - \sum_i \log \sigma_i(s, b)
-        + \log P(b \mid s) - \log P(b \mid z, s) - \sum_i \log(1 - \tanh^2 z_i),
+    .. math:: \log \pi(a \mid s) = \log q(y \mid s, c) - \sum_i \log \sigma_i(s, c)
+        + \log P(c \mid s) - \log P(c \mid z, s) - \sum_i \log(1 - \tanh^2 z_i),
 
-    whatever the b that z came from. Two terms are estimated: the first, :math:`\log q` and its
-    gradient f by y, by the estimator, with state and signs as its context, and the fourth by a
-    network that learns to tell the signs from the draw
-    (:class:`~models.actors.SignPosterior`). Given its signs a draw has one mode, as a rule, which
+    whatever the c that z came from. Two terms are estimated: the first, :math:`\log q` and its
+    gradient f by y, by the estimator, with state and part as its context, and the fourth by a
+    network that learns to tell the part from the draw
+    (:class:`~models.actors.PartPosterior`). Given its part a draw has one mode, as a rule, which
     leaves the estimator little to learn. The gradient along a draw is that of
     :math:`f(y)^\top y` with f held fixed for the first term, exact for the others.
 
-    With an r(b | z, s) that is off, :math:`-\log \pi` is too small on average (by the divergence
+    The part itself has no path to differentiate along. With the best probabilities, draws have the
+    same :math:`\alpha \log \pi - Q` on average whatever their part; so the agent compares two. In
+    a share of the states the parts are drawn evenly, so that one that has lost its probability
+    learns on, and can come back.
+
+    With an r(c | z, s) that is off, :math:`-\log \pi` is too small on average (by the divergence
     of r from the true one; Ranganath et al. 2016, `arXiv 1511.02386
     <https://arxiv.org/abs/1511.02386>`_): a lower bound of the entropy.
 
     :param ImplicitActor actor: the actor.
-    :param ScoreEstimator estimator: of the score of y given state and signs (as a context of
-        ``obs_dim + D``), with ``log_prob``.
+    :param ScoreEstimator estimator: of the score of y given state and part (as a context of
+        ``obs_dim + K``), with ``log_prob``.
     :param int num_draws: draws per state by which the score is learned, > 1.
     :param float bound: magnitude of z from which on :meth:`rsample` counts excess, > 0. Beyond 4
         the tanh is flat, and only the entropy would still move a draw.
-    :param float learning_rate: step size of Adam for the network that tells the signs.
+    :param float learning_rate: step size of Adam for the network that tells the parts.
+    :param float even_share: share of the states in which parts are drawn evenly, in [0, 1).
     """
 
     #: The same for y. Its width and σ could grow and shrink together, and an estimate that lags
@@ -119,8 +135,8 @@ class ImplicitPolicy(nn.Module):
     BOUND_Y = 3.0
 
     #: Weight of the penalty on a mean and a variance of y other than 0 and 1. They are location's
-    #: and scale's to fit. Where y wanders, the estimates lag behind: with a fifth of the weight, and
-    #: moments that were mostly the batch's, log q was off by two nats in some states of multi-goal.
+    #: and scale's to fit. Where y wanders the estimates lag behind: with a fifth of the weight, and
+    #: moments that were mostly the batch's, log q was off by 2 nats in some states of multi-goal.
     GAUGE = 5.0
 
     #: Draws per state, in pairs of opposite noise, by which its moments are estimated. The pairs
@@ -138,21 +154,22 @@ class ImplicitPolicy(nn.Module):
         num_draws: int,
         bound: float = 4.0,
         learning_rate: float = 2e-3,
+        even_share: float = 0.5,
     ) -> None:
         super().__init__()
         if num_draws < 2:
             raise ValueError(f"ImplicitPolicy: expected num_draws >= 2, got {num_draws}.")
         self.actor, self.estimator, self.num_draws = actor, estimator, num_draws
-        self.signs = SignPosterior(actor)
-        self.bound, self.learning_rate = bound, learning_rate
+        self.parts = PartPosterior(actor)
+        self.bound, self.learning_rate, self.even_share = bound, learning_rate, even_share
         self.score_loss = torch.zeros(())
         self._optimizer: torch.optim.Optimizer | None = None
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """That of the network that tells the signs."""
+        """That of the network that tells the parts."""
         if self._optimizer is None:  # by now on the device where it stays
-            parameters = self.signs.parameters()
+            parameters = self.parts.parameters()
             self._optimizer = torch.optim.Adam(parameters, self.learning_rate, fused=True)
         return self._optimizer
 
@@ -163,21 +180,23 @@ class ImplicitPolicy(nn.Module):
         """
         encoded = self.actor.encode(obs)
         with torch.no_grad():
-            sign = self.actor.choose(encoded)
-            odds = self.actor.log_odds(encoded, sign)
+            even = round(self.even_share * len(obs))
+            part = self.actor.choose(encoded)
+            part[:, :even] = self._any(part[:, :even])
             # The first half of the draws are independent of each other.
             count = max(self.num_draws, self.MOMENT_DRAWS // 2)
             noise = self.actor.noise(obs, count)
-            several = self.actor.deviate(encoded, sign, torch.cat([noise, -noise]))
+            several = self.actor.deviate(encoded, part, torch.cat([noise, -noise]))
             draws = several[: self.num_draws]
             variance, mean = torch.var_mean(several, 0, correction=0)
-            loc, log_scale = self.actor.place(encoded, sign)
+            loc, log_scale = self.actor.place(encoded, part)
             u = loc + log_scale.exp() * draws
-        self.score_loss = self.estimator.update(draws, self._context(obs, sign))
-        self.signs(encoded.seen.detach(), odds, u, sign).mean().neg().backward()
+        self.score_loss = self.estimator.update(draws, self._context(obs, part))
+        told = _of(self.parts(encoded, u, even=even), part.expand(u.shape[:-1]))
+        told.mean().neg().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Proposal(encoded, sign, draws, mean, variance)
+        return Proposal(encoded, part, draws, mean, variance)
 
     def rsample(self, obs: Tensor, proposal: Proposal) -> Draw:
         """A differentiable draw.
@@ -185,43 +204,46 @@ class ImplicitPolicy(nn.Module):
         :param obs: ``[B, obs_dim]``.
         :param proposal: what :meth:`fit` returned for it.
         """
-        encoded, sign, draws, mean, variance = proposal
-        y = self.actor.deviate(encoded, sign, self.actor.noise(obs))
+        encoded, part, draws, mean, variance = proposal
+        y = self.actor.deviate(encoded, part, self.actor.noise(obs))
         still = y.detach()
-        score, value = self.estimator.score_and_log_prob(still, draws, self._context(obs, sign))
-        u, z, log_slope = self._compose(encoded, sign, y)
-        odds = self.actor.log_odds(encoded, sign)
-        log_choice = log_prob_of_signs(sign, odds)
-        log_sign, of_u = self._tell(encoded, odds, u, sign)
+        score, value = self.estimator.score_and_log_prob(still, draws, self._context(obs, part))
+        u, z, log_slope = self._compose(encoded, part, y)
+        log_weight = _of(encoded.log_weights, part)[0]
+        log_told, of_u = self._tell(encoded, u, part)
         of_z = of_u / encoded.log_scale.detach().exp()
-        log_pi = (value + log_choice.detach() - log_sign)[0] - log_slope
+        log_pi = value[0] + log_weight.detach() - log_told[0] - log_slope
         log_pi = log_pi + (score * (y - still))[0].sum(-1) - (of_z[0] * (z - z.detach())).sum(-1)
         penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y)
         penalty = penalty + self._unit(y[0], mean, variance)
-        return Draw(z, log_pi, penalty, log_choice[0])
+        other = self._any(part)
+        log_odds = log_weight - _of(encoded.log_weights, other)[0]
+        return Draw(z, log_pi, penalty, Alternative(*self._sample(obs, encoded, other), log_odds))
 
-    def _context(self, obs: Tensor, sign: Tensor) -> Tensor:
-        return torch.cat([obs, sign[0]], -1)
+    def _any(self, part: Tensor) -> Tensor:
+        """Parts drawn evenly, as many."""
+        return torch.randint(self.actor.num_parts, part.shape, device=part.device)
 
-    def _compose(self, encoded: Encoded, sign: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _context(self, obs: Tensor, part: Tensor) -> Tensor:
+        return torch.cat([obs, self.actor.codes[part[0]]], -1)
+
+    def _compose(self, encoded: Encoded, part: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What becomes of a draw ``y [1, B, D]``: u, z ``[B, D]``, and the logarithm of the
         action's slope by y, ``[B]``.
         """
-        loc, log_scale = self.actor.place(encoded, sign)
+        loc, log_scale = self.actor.place(encoded, part)
         u = loc + log_scale.exp() * y
         z = (encoded.loc + encoded.log_scale.exp() * u)[0]
         log_slope = log_scale[0].sum(-1) + encoded.log_scale.sum(-1) + log_tanh_slope(z)
         return u, z, log_slope
 
-    def _tell(
-        self, encoded: Encoded, odds: Tensor, u: Tensor, sign: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Log r(b | z, s) ``[1, B]`` and its gradient by u."""
+    def _tell(self, encoded: Encoded, u: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+        """Log r(c | z, s) ``[1, B]`` and its gradient by u."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            log_sign = self.signs(encoded.seen.detach(), odds.detach(), u, sign)
-            (gradient,) = torch.autograd.grad(log_sign.sum(), u)
-        return log_sign.detach(), gradient
+            told = _of(self.parts(encoded, u), part)
+            (gradient,) = torch.autograd.grad(told.sum(), u)
+        return told.detach(), gradient
 
     def _unit(self, y: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """A term whose gradient is, up to a constant factor, that of the divergence
@@ -233,24 +255,24 @@ class ImplicitPolicy(nn.Module):
         off, mean = off.mean(0).lerp(off, self.OWN) / typical, mean / typical
         return self.GAUGE * (0.5 * off * (y - mean).square() + mean * y).sum(-1).mean()
 
-    @torch.no_grad()
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """A draw z ``[B, D]`` and an estimate of log π of its action ``[B]``."""
-        encoded = self.actor.encode(obs)
-        sign = self.actor.choose(encoded)
-        y = self.actor.deviate(encoded, sign, self.actor.noise(obs))
-        u, z, log_slope = self._compose(encoded, sign, y)
-        value = self.estimator.log_prob(y, y, self._context(obs, sign))
-        odds = self.actor.log_odds(encoded, sign)
-        log_choice, log_sign = (
-            log_prob_of_signs(sign, odds),
-            self.signs(encoded.seen, odds, u, sign),
-        )
-        return z, (value + log_choice - log_sign)[0] - log_slope
+        with torch.no_grad():
+            encoded = self.actor.encode(obs)
+            return self._sample(obs, encoded, self.actor.choose(encoded))
+
+    @torch.no_grad()
+    def _sample(self, obs: Tensor, encoded: Encoded, part: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`sample`, in encoded states, of given parts."""
+        y = self.actor.deviate(encoded, part, self.actor.noise(obs))
+        u, z, log_slope = self._compose(encoded, part, y)
+        value = self.estimator.log_prob(y, y, self._context(obs, part))
+        log_told = _of(self.parts(encoded, u), part)
+        return z, (value + _of(encoded.log_weights, part) - log_told)[0] - log_slope
 
     @torch.no_grad()
     def diagnostics(self, obs: Tensor) -> dict[str, float]:
-        r"""How far the estimates can be trusted; all but the first given random signs.
+        r"""How far the estimates can be trusted; all but the first given random parts.
 
         - ``score_loss``: of the last update.
         - ``stein``: the mean of :math:`f(y)^\top (y - m) / D`, -1 for the exact score of any q, and
@@ -260,9 +282,9 @@ class ImplicitPolicy(nn.Module):
         - ``width``: the standard deviation of y, around 1 if location and scale do their part.
         """
         encoded = self.actor.encode(obs)
-        sign = self.actor.choose(encoded)
-        y, others = self.actor.deviate(encoded, sign, self.actor.noise(obs, 17)).split([1, 16])
-        context = self._context(obs, sign)
+        part = self.actor.choose(encoded)
+        y, others = self.actor.deviate(encoded, part, self.actor.noise(obs, 17)).split([1, 16])
+        context = self._context(obs, part)
         score = self.estimator(y, y, context)[0]
         stein = (score * (y[0] - others.mean(0))).mean(-1)
         return {
@@ -285,12 +307,12 @@ class ImplicitPolicy(nn.Module):
         :param perturbations: directions per state.
         :param step: scale of v.
         """
-        noise, sign = self.actor.noise(obs), self.actor.choose(self.actor.encode(obs))
+        noise, part = self.actor.noise(obs), self.actor.choose(self.actor.encode(obs))
         shift = step * torch.randn(
             (perturbations, *noise.shape[1:]), dtype=noise.dtype, device=noise.device
         )
-        moved = self.actor(obs, sign, noise + shift).tanh()
-        still = self.actor(obs, sign, noise).tanh()
+        moved = self.actor(obs, part, noise + shift).tanh()
+        still = self.actor(obs, part, noise).tanh()
         stretch = (moved - still).square().sum(-1) / shift.square().sum(-1)
         return (stretch - lowest).clamp_max(0).square().mean()
 
@@ -301,6 +323,12 @@ class ImplicitPolicy(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what :meth:`get_extra_state` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _of(table: Tensor, part: Tensor) -> Tensor:
+    """Entries ``[n, B]`` for the parts ``[n, B]`` of a ``table [..., B, C]``."""
+    table = table.expand(*part.shape, table.shape[-1])
+    return table.gather(-1, part.unsqueeze(-1)).squeeze(-1)
 
 
 def _excess(value: Tensor, bound: float) -> Tensor:

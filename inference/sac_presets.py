@@ -106,8 +106,13 @@ class Config:
     """sac-ardae: factor on the noise before the actor's first layer."""
     spread: float = 1.0
     """sac-ardae: scale of the policy before the tanh, before training."""
-    sign_scale: float = 0.85
-    """sac-ardae: scale of the actor's random signs, before training."""
+    part_scale: float = 0.85
+    """sac-ardae: how far apart the actor's parts are, before training."""
+    part_bits: int | None = None
+    """sac-ardae: the actor has two to this many parts; by default two more than it has actions, 6
+    at most."""
+    even_share: float = 0.5
+    """sac-ardae: share of an update's states in which the parts are drawn evenly."""
     min_scale: float = 0.3
     """sac-ardae: least scale of the noise that the actor's last layer adds."""
     bound: float = 4.0
@@ -185,10 +190,7 @@ def _preset(env: str, agent: AgentName) -> Config:
             hidden_dims=(128, 128),
             actor_learning_rate=1e-3,
             auto_alpha=False,
-            alpha=0.1,  # at 0.3 a Gaussian's first step is wide enough for all four goals
-            # Hotter at first: the critics have to know all goals before a policy settles on some.
-            alpha_start=4.0,
-            alpha_steps=5000,
+            alpha=0.4,  # at 0.5 a Gaussian's first step is wide enough for all four goals
         )
     return config
 
@@ -228,7 +230,9 @@ def check(config: Config) -> None:
         (min(config.noise_hidden_dims, default=0) > 0, "noise-hidden-dims", "positive widths"),
         (config.noise_scale > 0, "noise-scale", "a positive factor"),
         (config.spread > 0, "spread", "a positive scale"),
-        (0 <= config.sign_scale <= 0.9, "sign-scale", "a scale in [0, 0.9]"),
+        (0 <= config.part_scale <= 0.9, "part-scale", "a scale in [0, 0.9]"),
+        (config.part_bits is None or 0 < config.part_bits < 11, "part-bits", "1 to 10"),
+        (0 <= config.even_share < 1, "even-share", "a share in [0, 1)"),
         (config.min_scale > 0, "min-scale", "a positive scale"),
         (config.bound > 0, "bound", "a positive magnitude"),
         (config.jacobian_clamp >= 0, "jacobian-clamp", "no negative number"),
@@ -275,13 +279,14 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
         noise_hidden_dims=config.noise_hidden_dims,
         noise_scale=config.noise_scale,
         spread=config.spread,
-        sign_scale=config.sign_scale,
+        part_scale=config.part_scale,
+        part_bits=config.part_bits,
         min_scale=config.min_scale,
         **hidden,
     )
     estimator = ARDAE(
         action_dim,
-        obs_dim + action_dim,  # the state and the signs
+        obs_dim + actor.num_bits,  # the state and the part
         parametrization="energy",
         whitening="none",  # the actor's location and scale have done it
         hidden_dim=config.score_hidden_dim,
@@ -293,7 +298,13 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
         num_normalizer_samples=config.score_normalizer_draws,
         quasi_random=True,
     )
-    policy = ImplicitPolicy(actor, estimator, num_draws=config.score_draws, bound=config.bound)
+    policy = ImplicitPolicy(
+        actor,
+        estimator,
+        num_draws=config.score_draws,
+        bound=config.bound,
+        even_share=config.even_share,
+    )
     return policy.to(config.device)
 
 

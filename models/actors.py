@@ -34,8 +34,7 @@ __all__ = [
     "FlowActor",
     "GaussianActor",
     "ImplicitActor",
-    "SignPosterior",
-    "log_prob_of_signs",
+    "PartPosterior",
     "log_tanh_slope",
 ]
 
@@ -186,30 +185,28 @@ class Encoded(NamedTuple):
     """Location ``[*batch, D]``."""
     log_scale: Tensor
     """Logarithm of the scale ``[*batch, D]``."""
-    logits: Tensor
-    """Log odds of each sign's being positive, ``[*batch, D]``, ..."""
-    pairs: Tensor
-    """... and what each sign adds to those of the later ones, ``[*batch, D (D - 1) / 2]``."""
+    log_weights: Tensor
+    """Log-probabilities of the parts ``[*batch, C]``."""
     seen: Tensor
-    """What the layers that see signs and noise are told of the state, ``[*batch, S]``."""
+    """What the layers that see part and noise are told of the state, ``[*batch, S]``."""
 
 
 class ImplicitActor(nn.Module):
-    r"""A network of state, random signs and noise before the tanh: samples, no density.
+    r"""A network of state, a random part and noise before the tanh: samples, no density.
 
     .. math::
-        z &= \mu(s) + \sigma(s) \odot [ \kappa b + \mu'(s, b) + \sigma'(s, b) \odot y ], \\
-        y &= \rho\, \epsilon_{1:D} + m(s, b, \epsilon) + t(s, b, \epsilon) \odot \epsilon'
+        z &= \mu(s) + \sigma(s) \odot [ S b_c + \mu'(s, b_c) + \sigma'(s, b_c) \odot y ], \\
+        y &= \rho\, \epsilon_{1:D} + m(s, b_c, \epsilon) + t(s, b_c, \epsilon) \odot \epsilon'
 
-    b has a random sign for each action. Its distribution is a network's too, the log odds of a sign
-    being linear in those before it: bounded,
-    :math:`\mathrm{logit}\, p_i = l_i(s) + \sum_{j < i} B_{ij}(s)\, b_j`. A continuous map of
-    Gaussian noise alone separates modes only by a steep slope, and shifts mass from one to the
-    other only through the few draws in between: with the exact score in place of an estimate, its
-    policies stayed .3 to .7 nats from one with two modes, or dropped one. By the signs, modes are
-    apart without a slope, and their weights have a likelihood-ratio gradient.
+    c is one of :math:`C = 2^K` parts, drawn with probabilities that are a network of the state, and
+    :math:`b_c \in \{-1, 1\}^K` its number in binary. A continuous map of Gaussian noise alone
+    separates modes only by a steep slope, and shifts mass from one to the other only through the
+    few draws in between: with the exact score in place of an estimate, its policies stayed .3 to
+    .7 nats from one with two modes, or dropped one. By parts, modes are apart without a slope.
+    There are more parts than modes as a rule: with as many, two that settle in one mode leave
+    another empty.
 
-    Only y is implicit. Given state and signs, location and scale enter the density in closed form,
+    Only y is implicit. Given state and part, location and scale enter the density in closed form,
     and leave a y about as wide as 1 whatever the policy's width. The state is encoded once for any
     number of draws; the layers that see the noise are narrower. :math:`\epsilon'`, as wide as the
     action, keeps the draws off a manifold: without it a policy in the plane collapses onto a curve.
@@ -222,16 +219,20 @@ class ImplicitActor(nn.Module):
     :param float noise_scale: factor on the noise before the first layer, > 0: above 1 the map
         starts with the steep slopes that separated modes need.
     :param float spread: :math:`\sigma` before training, > 0.
-    :param float sign_scale: :math:`\kappa`, in [0, 0.9]; :math:`\sigma'` starts at
-        :math:`(1 - \kappa^2)^{1/2}`, so that z starts about as wide as :math:`\sigma`. With 0.6
-        both modes could end under one value of a sign; from 0.85 on they start apart enough.
+    :param float part_scale: length :math:`\kappa` of the rows of S, in [0, 0.9];
+        :math:`\sigma'` starts at :math:`(1 - \kappa^2)^{1/2}`, so that z starts about as wide as
+        :math:`\sigma`. From 0.85 on, the parts start apart enough to take a mode each.
+    :param int part_bits: K, >= 1; by default two more than actions, 6 at most.
     :param float min_scale: lower bound of t, > 0. Thinner than that, no ridge forms for the score
         network to resolve.
     :param torch.dtype compute_dtype: as in :class:`~models.stack.ReLUStack`.
     """
 
-    #: Bound of the log odds of a sign: each keeps a share of 1.8 %, so that none is lost for good.
+    #: Bound of the logits of the parts: the least likely has e^-8 of the likeliest's share or more.
     MAX_LOGIT = 4.0
+
+    #: Share in the squared length of a row of S of the bits beyond one for each action.
+    EXTRA_SHARE = 0.4
 
     #: t before training. :math:`\rho` makes y start about as wide as 1.
     FIRST_SCALE = 0.5
@@ -246,7 +247,8 @@ class ImplicitActor(nn.Module):
         noise_hidden_dims: Sequence[int] = (64, 64),
         noise_scale: float = 1.0,
         spread: float = 1.0,
-        sign_scale: float = 0.85,
+        part_scale: float = 0.85,
+        part_bits: int | None = None,
         min_scale: float = 0.3,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
@@ -256,91 +258,110 @@ class ImplicitActor(nn.Module):
                 f"ImplicitActor: expected noise_dim >= action_dim = {action_dim} and one layer "
                 f"that sees the noise, got {noise_dim} and {tuple(noise_hidden_dims)}."
             )
-        if not 0 <= sign_scale <= 0.9:
-            raise ValueError(f"ImplicitActor: expected sign_scale in [0, 0.9], got {sign_scale}.")
+        if not 0 <= part_scale <= 0.9:
+            raise ValueError(f"ImplicitActor: expected part_scale in [0, 0.9], got {part_scale}.")
+        bits = min(action_dim + 2, 6) if part_bits is None else part_bits
+        if bits < 1:
+            raise ValueError(f"ImplicitActor: expected part_bits >= 1, got {part_bits}.")
         self.action_dim, self.noise_dim = action_dim, noise_dim
         self.noise_scale, self.min_scale = noise_scale, min_scale
-        self.sign_scale, self.base_scale = sign_scale, math.sqrt(1 - self.FIRST_SCALE**2)
+        self.part_scale, self.base_scale = part_scale, math.sqrt(1 - self.FIRST_SCALE**2)
         self.seen_dim = noise_hidden_dims[0]
-        self.pair_dim = action_dim * (action_dim - 1) // 2
+        self.num_bits, self.num_parts = bits, 2**bits
         sizes = (obs_dim, *hidden_dims, sum(self._widths))
         self.trunk = ReLUStack(1, sizes, compute_dtype=compute_dtype)
-        self.of_sign = nn.Linear(action_dim, self.seen_dim, bias=False)
+        number = torch.arange(self.num_parts).unsqueeze(-1)
+        self.register_buffer("codes", 1.0 - 2 * (number >> torch.arange(bits) & 1))
+        self.register_buffer("spots", part_scale * self._directions())
+        self.of_part = nn.Linear(bits, self.seen_dim, bias=False)
         self.side = nn.Linear(self.seen_dim, 2 * action_dim)
-        self.of_noise = nn.Linear(noise_dim + action_dim, self.seen_dim, bias=False)
+        self.of_noise = nn.Linear(noise_dim + bits, self.seen_dim, bias=False)
         self.net = MLP((*noise_hidden_dims, 2 * action_dim), activation=nn.ReLU)
         with torch.no_grad():
-            _, scale, *odds, _ = self.trunk.output_bias.split(self._widths, -1)
+            _, scale, logits, _ = self.trunk.output_bias.split(self._widths, -1)
             scale.fill_(math.log(spread))
-            for one in (*odds, *self.trunk.output_weight.split(self._widths, -1)[2:4]):
-                one.zero_()
+            logits.zero_()
+            self.trunk.output_weight.split(self._widths, -1)[2].zero_()
             self.side.weight.zero_()
             loc, scale = self.side.bias.view(2, action_dim)
             loc.zero_()
-            scale.fill_(0.5 * math.log1p(-(sign_scale**2)))
+            scale.fill_(0.5 * math.log1p(-(part_scale**2)))
             loc, raw = self.net.last.bias.view(2, action_dim)
             loc.zero_()
             raw.fill_(math.log(math.expm1(max(self.FIRST_SCALE - min_scale, 1e-3))))
 
     @property
     def _widths(self) -> list[int]:
-        return [self.action_dim] * 3 + [self.pair_dim, self.seen_dim]
+        return [self.action_dim] * 2 + [self.num_parts, self.seen_dim]
+
+    def _directions(self) -> Tensor:
+        """What each bit adds to the location, ``[K, D]``, columns of length 1. A bit for each
+        action moves it alone; further ones move all, along rows of a Hadamard matrix. With fewer
+        bits than actions, several share one.
+        """
+        dim, bits = self.action_dim, self.num_bits
+        action = torch.arange(dim)
+        own = (action % bits == torch.arange(bits).unsqueeze(-1)).to(torch.get_default_dtype())
+        extra = max(bits - dim, 0)
+        if not extra:
+            return own
+        # Its signs are the parity of the common bits of row and column.
+        common = torch.arange(extra).unsqueeze(-1) & action
+        odd = sum(common >> place & 1 for place in range(16)) % 2
+        own[-extra:] = (1 - 2 * odd) * math.sqrt(self.EXTRA_SHARE / extra)
+        own[:-extra] *= math.sqrt(1 - self.EXTRA_SHARE)
+        return own
 
     def encode(self, obs: Tensor) -> Encoded:
         """``obs [*batch, obs_dim]`` to what does not depend on chance."""
-        loc, log_scale, logits, pairs, seen = self.trunk(obs)[0].split(self._widths, -1)
-        return Encoded(loc, log_scale.clamp(*_LOG_SCALE), logits, pairs, seen)
-
-    def choose(self, encoded: Encoded, num_draws: int = 1) -> Tensor:
-        """Random signs ``[num_draws, *batch, D]``."""
-        logits = encoded.logits
-        shape = num_draws, *logits.shape
-        return self._signs(encoded, torch.rand(shape, dtype=logits.dtype, device=logits.device))
+        loc, log_scale, logits, seen = self.trunk(obs)[0].split(self._widths, -1)
+        log_weights = _bounded(logits, self.MAX_LOGIT).log_softmax(-1)
+        return Encoded(loc, log_scale.clamp(*_LOG_SCALE), log_weights, seen)
 
     @torch.no_grad()
-    def _signs(self, encoded: Encoded, uniform: Tensor) -> Tensor:
-        """Signs by inversion of their distribution."""
-        level = uniform.logit().unbind(-1)
-        logits, pairs = encoded.logits.unbind(-1), encoded.pairs.unbind(-1)
-        found: list[Tensor] = []
-        for i in range(self.action_dim):
-            odds = logits[i]
-            for j, sign in enumerate(found):
-                odds = torch.addcmul(odds, pairs[i * (i - 1) // 2 + j], sign)
-            odds = _bounded(odds, self.MAX_LOGIT)
-            found.append(torch.where(level[i] <= odds, 1.0, -1.0).to(logits[i]))
-        return torch.stack(found, -1)
+    def choose(self, encoded: Encoded, num_draws: int = 1) -> Tensor:
+        """Random parts ``[num_draws, *batch]``, by inversion of their distribution."""
+        below = encoded.log_weights.exp().cumsum(-1)
+        level = torch.rand((num_draws, *below.shape[:-1], 1), dtype=below.dtype).to(below)
+        return (
+            torch.searchsorted(
+                below.expand(num_draws, *below.shape).contiguous(), level * below[..., -1:]
+            )
+            .squeeze(-1)
+            .clamp_(max=self.num_parts - 1)
+        )
 
-    def log_odds(self, encoded: Encoded, sign: Tensor) -> Tensor:
-        """Of each sign's being positive, given those before it, ``[..., *batch, D]``."""
-        return _bounded(_with_pairs(encoded.logits, encoded.pairs, sign), self.MAX_LOGIT)
-
-    def place(self, encoded: Encoded, sign: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Location of z given the signs ``[..., *batch, D]``, and logarithm of its scale, in units
-        of what the state gives: :math:`\kappa b + \mu'` and :math:`\log \sigma'`.
+    def place(self, encoded: Encoded, part: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Location of z given the part ``[..., *batch]``, and logarithm of its scale,
+        ``[..., *batch, D]``, in units of what the state gives: :math:`S b_c + \mu'` and
+        :math:`\log \sigma'`.
         """
-        hidden = torch.relu(encoded.seen + self.of_sign(sign))
+        code = self.codes[part]
+        hidden = torch.relu(encoded.seen + self.of_part(code))
         loc, log_scale = self.side(hidden).chunk(2, -1)
-        return loc + self.sign_scale * sign, log_scale.clamp(*_LOG_SCALE)
+        return loc + code @ self.spots, log_scale.clamp(*_LOG_SCALE)
 
-    def deviate(self, encoded: Encoded, sign: Tensor, noise: Tensor) -> Tensor:
+    def deviate(self, encoded: Encoded, part: Tensor, noise: Tensor) -> Tensor:
         """Draws y ``[n, *batch, D]``.
 
-        :param sign: ``[n or 1, *batch, D]``.
+        :param part: ``[n or 1, *batch]``.
         :param noise: ``[n, *batch, noise_dim + D]``, as from :meth:`noise`.
         """
         noise, last = noise.split([self.noise_dim, self.action_dim], -1)
-        inputs = torch.cat([noise, sign.expand_as(last)], -1)
+        code = self.codes[part]
+        inputs = torch.cat([noise, code.expand(len(noise), *code.shape[1:])], -1)
         hidden = torch.relu(encoded.seen + self.noise_scale * self.of_noise(inputs))
         center, raw = self.net(hidden).chunk(2, -1)
         center = center + self.base_scale * noise[..., : self.action_dim]
         return torch.addcmul(center, F.softplus(raw) + self.min_scale, last)
 
-    def forward(self, obs: Tensor, sign: Tensor, noise: Tensor) -> Tensor:
-        """``obs [*batch, obs_dim]``, signs and noise as for :meth:`deviate`: ``[n, *batch, D]``."""
-        encoded = self.encode(obs)
-        loc, log_scale = self.place(encoded, sign)
-        y = self.deviate(encoded, sign, noise)
+    def forward(self, obs: Tensor, part: Tensor, noise: Tensor) -> Tensor:
+        """``obs [*batch, obs_dim]``, parts and noise as for :meth:`deviate`: ``[n, *batch, D]``."""
+        return self._draw(self.encode(obs), part, noise)
+
+    def _draw(self, encoded: Encoded, part: Tensor, noise: Tensor) -> Tensor:
+        loc, log_scale = self.place(encoded, part)
+        y = self.deviate(encoded, part, noise)
         return encoded.loc + encoded.log_scale.exp() * (loc + log_scale.exp() * y)
 
     def noise(self, obs: Tensor, num_draws: int = 1) -> Tensor:
@@ -350,43 +371,49 @@ class ImplicitActor(nn.Module):
 
     def draw(self, obs: Tensor, num_draws: int = 1) -> Tensor:
         """Draws z, ``[num_draws, *batch, D]``, differentiable."""
-        sign = self.choose(self.encode(obs), num_draws)
-        return self(obs, sign, self.noise(obs, num_draws))
+        encoded = self.encode(obs)
+        return self._draw(encoded, self.choose(encoded, num_draws), self.noise(obs, num_draws))
 
     def center(self, obs: Tensor) -> Tensor:
-        """The z for signs each of which is the more probable one given those before it, and no
-        other noise, ``[*batch, D]``.
-        """
+        """The z of the likeliest part without other noise, ``[*batch, D]``."""
         encoded = self.encode(obs)
-        sign = self._signs(encoded, torch.full_like(encoded.logits, 0.5).unsqueeze(0))
-        return self(obs, sign, torch.zeros_like(self.noise(obs)))[0]
+        part = encoded.log_weights.argmax(-1).unsqueeze(0)
+        return self._draw(encoded, part, torch.zeros_like(self.noise(obs)))[0]
 
 
-def log_prob_of_signs(sign: Tensor, log_odds: Tensor) -> Tensor:
-    """Signs ``[..., D]`` and the log odds of each one's being positive to ``[...]``."""
-    return F.logsigmoid(sign * log_odds).sum(-1)
+class _Bounded(torch.autograd.Function):
+    """A clamp that is left as it is entered: beyond the bound, only a gradient by which a descent
+    would go further out is zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.bound = bound
+        return value.clamp(-bound, bound)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (value,) = ctx.saved_tensors
+        outward = (value.abs() > ctx.bound) & (value * grad < 0)
+        return grad.masked_fill(outward, 0.0), None
 
 
-def _bounded(odds: Tensor, bound: float) -> Tensor:
-    return bound * (odds / bound).tanh()
+def _bounded(value: Tensor, bound: float) -> Tensor:
+    found: Tensor = _Bounded.apply(value, bound)
+    return found
 
 
-def _with_pairs(odds: Tensor, pairs: Tensor, sign: Tensor) -> Tensor:
-    """``odds [..., D]`` of signs, and what each adds to later ones, ``pairs [..., P]``."""
-    dim = odds.shape[-1]
-    if dim == 1:
-        return odds
-    later, earlier = torch.tril_indices(dim, dim, -1, device=odds.device)
-    return odds.expand_as(sign).index_add(-1, later, pairs * sign[..., earlier])
+class PartPosterior(nn.Module):
+    r"""r(c | u, s): what a draw :math:`u = (z - \mu) / \sigma` of an :class:`ImplicitActor` tells
+    of the part that it came from. By Bayes' rule,
 
+    .. math:: r(c \mid u, s) \propto P(c \mid s)\, e^{e_c(u, s)},
 
-class SignPosterior(nn.Module):
-    r"""r(b | u, s): what a draw :math:`u = (z - \mu) / \sigma` of an :class:`ImplicitActor` tells
-    of the signs that it came from. The log odds of a sign given those before it are
-
-    .. math:: \mathrm{logit}\, p_i + w_i u_i + f_i(u, s) + \sum_{j < i} A_{ij}(u, s)\, b_j,
-
-    the prior's and, learned, the evidence. It starts with what u would tell if it were normal.
+    the prior's being known and the evidence :math:`e_c` learned. It is the same whatever the prior:
+    what is learned from evenly drawn parts holds for the policy's. It starts with what u would
+    tell if each part were normal.
 
     :param ImplicitActor actor: the actor.
     :param int hidden_dim: width of the network, >= 1.
@@ -394,25 +421,24 @@ class SignPosterior(nn.Module):
 
     def __init__(self, actor: ImplicitActor, *, hidden_dim: int = 64) -> None:
         super().__init__()
-        dim = actor.action_dim
+        dim, count = actor.action_dim, actor.num_parts
         self.of_state = nn.Linear(actor.seen_dim, hidden_dim)
         self.of_draw = nn.Linear(dim, hidden_dim, bias=False)
-        self.net = MLP((hidden_dim, hidden_dim, dim * (dim + 1) // 2), activation=nn.SiLU)
-        nn.init.zeros_(self.net.last.weight)
-        nn.init.zeros_(self.net.last.bias)
-        slope = 2 * actor.sign_scale / (1 - actor.sign_scale**2)
-        self.slope = nn.Parameter(torch.full((dim,), slope))
+        self.net = MLP((hidden_dim, hidden_dim, count), activation=nn.SiLU)
+        spots, variance = actor.codes @ actor.spots, 1 - actor.part_scale**2
+        self.slope = nn.Parameter(spots.mT / variance)
+        with torch.no_grad():
+            self.net.last.weight.zero_()
+            self.net.last.bias.copy_(spots.square().sum(-1) / (-2 * variance))
 
-    def forward(self, seen: Tensor, prior: Tensor, u: Tensor, sign: Tensor) -> Tensor:
-        """Log r ``[n, *batch]`` of signs.
+    def forward(self, encoded: Encoded, u: Tensor, *, even: int = 0) -> Tensor:
+        """Log r ``[n, B, C]`` of all parts; no gradient reaches the actor but by u.
 
-        :param seen: of the actor's ``Encoded``.
-        :param prior: log odds of the signs, ``[n or 1, *batch, D]``.
-        :param u: ``[n, *batch, D]``.
-        :param sign: as ``prior``.
+        :param encoded: of B states.
+        :param u: ``[n, B, D]``.
+        :param even: in so many states, the first ones, the parts are equally likely.
         """
-        dim = u.shape[-1]
-        sign = sign.expand_as(u)
-        found = self.net(F.silu(self.of_state(seen) + self.of_draw(u)))
-        odds = prior + self.slope * u + found[..., :dim]
-        return log_prob_of_signs(sign, _with_pairs(odds, found[..., dim:], sign))
+        evidence = self.net(F.silu(self.of_state(encoded.seen.detach()) + self.of_draw(u)))
+        prior = encoded.log_weights.detach().clone()
+        prior[:even] = 0.0
+        return (prior + evidence + u @ self.slope).log_softmax(-1)

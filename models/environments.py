@@ -27,7 +27,7 @@ class MultiGoal(gymnasium.Env[Array, Array]):
     r"""A point in the plane that is to go to one of four equal goals (Haarnoja et al. 2017,
     `arXiv 1702.08165 <https://arxiv.org/abs/1702.08165>`_, section 5.1).
 
-    The point starts around the origin and moves by the action, at most 1 per coordinate. With its
+    The point starts at the origin and moves by the action, at most 1 per coordinate. With its
     position x after the step and the goals :math:`g_i` at distance 5, the reward is
 
     .. math:: c\, [ -\min_i \lVert x - g_i \rVert^2 - 30 \lVert a \rVert^2
@@ -38,8 +38,8 @@ class MultiGoal(gymnasium.Env[Array, Array]):
 
     :param float reward_scale: c, > 0. The temperature of a policy is relative to it.
     :param float action_cost: weight of the squared action, >= 0.
-    :param float start_scale: standard deviation of the start, >= 0. With 0, a policy cannot choose
-        the goal by where it starts.
+    :param float start_scale: standard deviation of the start, >= 0; 0.1 in the paper. With 0, a
+        policy cannot choose the goal by where it starts.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
@@ -48,7 +48,7 @@ class MultiGoal(gymnasium.Env[Array, Array]):
     RADIUS = 1.0
 
     def __init__(
-        self, *, reward_scale: float = 0.1, action_cost: float = 30.0, start_scale: float = 0.1
+        self, *, reward_scale: float = 0.1, action_cost: float = 30.0, start_scale: float = 0.0
     ) -> None:
         self.reward_scale, self.action_cost = reward_scale, action_cost
         self.start_scale = start_scale

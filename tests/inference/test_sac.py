@@ -62,9 +62,9 @@ class Oracle(ScoreEstimator):
 
 class LinearActor(nn.Module):
     """z = loc(s) + exp(log_scale(s)) y, y = A noise: a normal, by the interface of an implicit. Its
-    signs do nothing."""
+    two parts are the same."""
 
-    sign_scale = 0.0
+    num_parts, part_scale = 2, 0.0
 
     def __init__(self, obs_dim: int, action_dim: int) -> None:
         super().__init__()
@@ -74,21 +74,21 @@ class LinearActor(nn.Module):
         noise = torch.randn(action_dim, action_dim)
         self.factor = nn.Parameter(torch.eye(action_dim) + 0.2 * noise)
         self.fixed: Tensor | None = None
+        self.codes = torch.tensor([[1.0], [-1.0]])
+        self.spots = torch.full((1, action_dim), self.part_scale)
 
     def encode(self, obs: Tensor) -> Encoded:
-        loc = obs @ self.loc
-        return Encoded(loc, obs @ self.log_scale, torch.zeros_like(loc), loc[:, :0], obs)
+        log_weights = torch.full((*obs.shape[:-1], 2), -math.log(2))
+        return Encoded(obs @ self.loc, obs @ self.log_scale, log_weights, obs)
 
     def choose(self, encoded: Encoded, num_draws: int = 1) -> Tensor:
-        return torch.ones(num_draws, *encoded.loc.shape)
+        return torch.randint(2, (num_draws, *encoded.loc.shape[:-1]))
 
-    def log_odds(self, encoded: Encoded, sign: Tensor) -> Tensor:
-        return torch.zeros_like(sign)
+    def place(self, encoded: Encoded, part: Tensor) -> tuple[Tensor, Tensor]:
+        nothing = torch.zeros_like(encoded.loc).expand(*part.shape, -1)
+        return nothing, nothing
 
-    def place(self, encoded: Encoded, sign: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(sign), torch.zeros_like(sign)
-
-    def deviate(self, encoded: Encoded, sign: Tensor, noise: Tensor) -> Tensor:
+    def deviate(self, encoded: Encoded, part: Tensor, noise: Tensor) -> Tensor:
         return noise @ self.factor.mT
 
     def noise(self, obs: Tensor, num_draws: int = 1) -> Tensor:
@@ -146,26 +146,29 @@ def test_policy_gradient_by_hand() -> None:
     assert torch.allclose(factor - actor.factor, of_y.mT @ noise, rtol=0, atol=1e-10)
 
 
-class SignedActor(LinearActor):
-    """As above with A = 1, and signs: z is a mixture of normals."""
+class TwoParts(LinearActor):
+    """As above with A = 1, and parts that differ: z is a mixture of normals."""
 
-    sign_scale = 0.6
+    part_scale = 0.6
 
     def choose(self, encoded: Encoded, num_draws: int = 1) -> Tensor:
-        return torch.tensor([1.0, 1.0, -1.0, -1.0]).view(1, 4, 1).expand(num_draws, -1, 1)
+        return torch.tensor([0, 0, 1, 1]).expand(num_draws, -1)
 
-    def place(self, encoded: Encoded, sign: Tensor) -> tuple[Tensor, Tensor]:
-        return self.sign_scale * sign, 0.5 * math.log1p(-(self.sign_scale**2)) + 0 * sign
+    def place(self, encoded: Encoded, part: Tensor) -> tuple[Tensor, Tensor]:
+        loc = self.part_scale * self.codes[part]
+        return loc, 0.5 * math.log1p(-(self.part_scale**2)) + 0 * loc
 
 
 @pytest.mark.usefixtures("float64")
 def test_log_pi_and_gradient_of_a_mixture_by_hand() -> None:
-    """The posterior of the signs starts with that of this mixture, so everything is exact."""
-    actor: Any = SignedActor(3, 1)
+    """The posterior of the parts starts with that of this mixture, so everything is exact."""
+    actor: Any = TwoParts(3, 1)
     with torch.no_grad():
         actor.factor.fill_(1.0)
     config = Config(agent="sac-ardae", alpha=0.7, auto_alpha=False, bound=1e9)
-    policy = ImplicitPolicy(actor, Oracle(actor), num_draws=4, bound=1e9, learning_rate=0.0)
+    policy = ImplicitPolicy(
+        actor, Oracle(actor), num_draws=4, bound=1e9, learning_rate=0.0, even_share=0.0
+    )
     policy.GAUGE = 0.0
     obs = torch.randn(4, 3)
     actor.fixed = torch.randn(1, 4, 1).clamp(-2, 2)
@@ -196,38 +199,36 @@ def test_log_pi_and_gradient_of_a_mixture_by_hand() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_gradient_by_the_signs(standard_errors: Callable[[int], float]) -> None:
-    """Its expectation is the derivative of E[alpha log pi - Q] by the odds, by enumeration."""
+@pytest.mark.parametrize(("reward", "difference"), [(0.2, 0.2), (3.0, 0.5)])
+def test_odds_of_the_parts(
+    reward: float, difference: float, standard_errors: Callable[[int], float]
+) -> None:
+    """The odds of two parts move by the difference of their costs, in temperatures up to 1/2."""
 
-    class Step:  # worth 3 where the action is positive
+    class Step:  # worth something where the action is positive
         def __call__(self, obs: Tensor, action: Tensor) -> Tensor:
-            return 3.0 * (action > 0).to(action).sum(-1).unsqueeze(0)
+            return reward * (action > 0).to(action).sum(-1).unsqueeze(0)
 
-    config = Config(agent="sac-ardae", auto_alpha=False, alpha=1e-9, **SMALL)  # type: ignore[arg-type]
+    config = Config(agent="sac-ardae", auto_alpha=False, alpha=1.0, part_bits=1, **SMALL)  # type: ignore[arg-type]
     policy = build_policy(config, 1, 1)
     agent = Agent(policy, Step(), config)
     actor = policy.actor
     assert isinstance(actor, ImplicitActor)
+    actor.base_scale, actor.min_scale = 0.0, -math.log(2)  # the softplus of 0 is log 2: y = 0
     with torch.no_grad():
         for parameter in actor.parameters():
             parameter.zero_()
-        actor.trunk.output_bias[..., 2] = 0.7
-    actor.sign_scale, actor.base_scale, actor.min_scale = 5.0, 0.0, 0.0  # the action is the sign
-    policy.GAUGE = policy.BOUND_Y = 0.0
-    policy.bound = 1e9
+    policy.GAUGE = 0.0
     agent.actor_optimizer = torch.optim.SGD(actor.parameters(), 1.0)
     count = 20_000
-    obs = torch.zeros(count, 1)
+    obs, still = torch.zeros(count, 1), torch.zeros(count, 1)
     encoded = actor.encode(obs)
-    still = torch.zeros(count, 1)
-    proposal = Proposal(encoded, actor.choose(encoded), torch.zeros(2, count, 1), still, still + 1)
-    agent.update_actor(obs, proposal, torch.full((count,), 7.0))
-    odds = 4 * math.tanh(0.7 / 4)
-    share = 1 / (1 + math.exp(-odds))
-    slope = share * (1 - share) * (1 - math.tanh(0.7 / 4) ** 2)
-    found = float(actor.trunk.output_bias[..., 2].detach()) - 0.7
-    # The loss is -3 share; a draw's part of the gradient varies by less than 3.
-    assert abs(found - 3 * slope) < standard_errors(1) * 3 / count**0.5
+    part = actor.choose(encoded)
+    agent.update_actor(obs, Proposal(encoded, part, torch.zeros(2, count, 1), still, still + 1))
+    first, second = actor.trunk.output_bias[..., 2:4].detach().flatten().tolist()
+    # The other part is drawn evenly, so half of the states compare.
+    assert first == pytest.approx(-second, abs=1e-12)
+    assert abs(first - difference / 2) < standard_errors(1) * difference / 2 / count**0.5
 
 
 @pytest.mark.usefixtures("float64")
@@ -461,7 +462,9 @@ def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
         ({"noise_hidden_dims": (0,)}, "--noise-hidden-dims: expected positive widths"),
         ({"noise_scale": 0.0}, "--noise-scale: expected a positive factor"),
         ({"spread": 0.0}, "--spread: expected a positive scale"),
-        ({"sign_scale": 1.0}, r"--sign-scale: expected a scale in \[0, 0.9\], found 1.0"),
+        ({"part_scale": 1.0}, r"--part-scale: expected a scale in \[0, 0.9\], found 1.0"),
+        ({"part_bits": 0}, "--part-bits: expected 1 to 10, found 0"),
+        ({"even_share": 1.0}, r"--even-share: expected a share in \[0, 1\), found 1.0"),
         ({"min_scale": 0.0}, "--min-scale: expected a positive scale"),
         ({"bound": 0.0}, "--bound: expected a positive magnitude"),
         ({"jacobian_clamp": -0.1}, "--jacobian-clamp: expected no negative number"),

@@ -15,8 +15,7 @@ from models.actors import (
     FlowActor,
     GaussianActor,
     ImplicitActor,
-    SignPosterior,
-    log_prob_of_signs,
+    PartPosterior,
     log_tanh_slope,
 )
 from models.critics import TwinCritic
@@ -92,7 +91,8 @@ def test_implicit_actor_by_hand() -> None:
         noise_dim=4,
         noise_hidden_dims=(8,),
         noise_scale=2,
-        sign_scale=0.5,
+        part_scale=0.5,
+        part_bits=2,
     )
     with torch.no_grad():
         actor.trunk.output_weight.normal_(std=0.3)
@@ -100,75 +100,82 @@ def test_implicit_actor_by_hand() -> None:
     obs, noise = torch.randn(5, 3), torch.randn(6, 5, 6)
     head = actor.trunk(obs)[0]
     encoded = actor.encode(obs)
-    sign = actor.choose(encoded, 6)
-    assert set(sign.unique().tolist()) == {-1.0, 1.0}
-    hidden = torch.relu(head[:, 7:] + sign @ actor.of_sign.weight.mT)
+    part = actor.choose(encoded, 6)
+    assert part.shape == (6, 5)
+    code = 1.0 - 2 * torch.stack([part % 2, part // 2], -1)
+    hidden = torch.relu(head[:, 8:] + code @ actor.of_part.weight.mT)
     loc, log_scale = actor.side(hidden).chunk(2, -1)
-    inputs = torch.cat([noise[..., :4], sign], -1)
-    hidden = torch.relu(head[:, 7:] + 2 * inputs @ actor.of_noise.weight.mT)
+    inputs = torch.cat([noise[..., :4], code], -1)
+    hidden = torch.relu(head[:, 8:] + 2 * inputs @ actor.of_noise.weight.mT)
     center, raw = actor.net.last(hidden).chunk(2, -1)
     y = 0.75**0.5 * noise[..., :2] + center
     y = y + (torch.log1p(raw.exp()) + actor.min_scale) * noise[..., 4:]
-    assert torch.allclose(actor.deviate(encoded, sign, noise), y, atol=1e-12)
-    z = head[:, :2] + head[:, 2:4].exp() * (0.5 * sign + loc + log_scale.exp() * y)
-    assert torch.allclose(actor(obs, sign, noise), z, atol=1e-12)
-    first, second = head[:, 4], head[:, 5] + head[:, 6] * sign[..., 0]
-    odds = 4 * torch.stack([first.expand_as(second), second], -1).div(4).tanh()
-    assert torch.allclose(actor.log_odds(encoded, sign), odds, atol=1e-12)
-    expected = (sign * odds).sigmoid().log().sum(-1)
-    assert torch.allclose(
-        log_prob_of_signs(sign, actor.log_odds(encoded, sign)), expected, atol=1e-12
-    )
-    # One sign for all draws.
-    one = actor.deviate(encoded, sign[:1], noise)
-    assert torch.equal(one, actor.deviate(encoded, sign[:1].expand(6, -1, -1), noise))
+    assert torch.allclose(actor.deviate(encoded, part, noise), y, atol=1e-12)
+    z = head[:, :2] + head[:, 2:4].exp() * (0.5 * code + loc + log_scale.exp() * y)
+    assert torch.allclose(actor(obs, part, noise), z, atol=1e-12)
+    logits = head[:, 4:8].clamp(-4, 4)
+    assert torch.allclose(encoded.log_weights, logits.log_softmax(-1), atol=1e-12)
+    # One part for all draws.
+    one = actor.deviate(encoded, part[:1], noise)
+    assert torch.equal(one, actor.deviate(encoded, part[:1].expand(6, -1), noise))
 
 
-def _all_signs(dim: int) -> Tensor:
-    """``[2 ** dim, 1, dim]``."""
-    return torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * dim).view(-1, 1, dim)
+@pytest.mark.parametrize("action_dim", [1, 2, 5, 6, 17])
+def test_parts_start_apart(action_dim: int) -> None:
+    actor = ImplicitActor(3, action_dim, noise_dim=20)
+    assert torch.allclose(actor.spots.norm(dim=0), torch.full((action_dim,), 0.85))
+    assert actor.num_parts == 2 ** min(action_dim + 2, 6)
+    places = (actor.codes @ actor.spots).unique(dim=0)
+    assert len(places) == (3 * 2 if action_dim == 1 else actor.num_parts)
 
 
-def test_signs_have_their_probability(standard_errors: Callable[[int], float]) -> None:
-    actor = ImplicitActor(3, 3)
+def test_logits_return_from_beyond_their_bound() -> None:
+    actor = ImplicitActor(3, 1, part_bits=1)
+    for logit, direction, moves in ((9.0, 1, False), (9.0, -1, True), (1.0, 1, True)):
+        with torch.no_grad():
+            actor.trunk.output_bias[..., 2] = logit
+        actor.zero_grad()
+        (-direction * actor.encode(torch.randn(4, 3)).log_weights[:, 0].sum()).backward()
+        gradient = actor.trunk.output_bias.grad
+        assert gradient is not None
+        assert bool(gradient[..., 2] * direction < 0) == moves
+
+
+def test_parts_have_their_probability(standard_errors: Callable[[int], float]) -> None:
+    actor = ImplicitActor(3, 3, part_bits=3)
     with torch.no_grad():
-        actor.trunk.output_bias[..., 6:12] = torch.tensor([1.0, -2.0, 0.3, 0.8, -1.0, 2.0])
-    obs, count, every = torch.randn(1, 3), 20_000, _all_signs(3)
+        logits = torch.tensor([1.0, -2.0, 0.3, 0.8, -1.0, 2.0, 0.0, 0.5])
+        actor.trunk.output_bias[..., 6:14] = logits
+    obs, count = torch.randn(1, 3), 20_000
     encoded = actor.encode(obs)
-    exact = log_prob_of_signs(every, actor.log_odds(encoded, every)).exp().squeeze(-1).detach()
-    assert float(exact.sum()) == pytest.approx(1, abs=1e-6)
-    drawn = actor.choose(encoded, count)
-    share = (drawn == every.view(8, 1, 1, 3)).all(-1).float().mean((1, 2))
+    exact = logits.softmax(-1)
+    assert torch.allclose(encoded.log_weights.exp(), exact, atol=1e-6)
+    share = torch.bincount(actor.choose(encoded, count).flatten(), minlength=8) / count
     error = (exact * (1 - exact) / count).sqrt()
     assert ((share - exact).abs() < standard_errors(8) * error).all()
-    # Without noise: the more probable sign, given those before it.
-    assert actor.log_odds(encoded, torch.tensor([[[1.0, -1.0, -1.0]]]))[0, 0].tolist()[2] < 0
+    # Without noise: the likeliest part.
+    still = torch.zeros(1, 1, actor.noise_dim + 3)
+    assert torch.equal(actor.center(obs), actor(obs, torch.tensor([[5]]), still)[0])
 
 
 @pytest.mark.usefixtures("float64")
-def test_posterior_of_the_signs_normalizes_and_starts_exact() -> None:
-    actor = ImplicitActor(3, 3)
-    posterior = SignPosterior(actor)
-    every, u = _all_signs(3).expand(-1, 5, -1), torch.randn(5, 3).expand(8, -1, -1)
+def test_posterior_of_the_parts_starts_exact_and_normalizes() -> None:
+    actor = ImplicitActor(3, 2)
+    posterior = PartPosterior(actor)
     encoded = actor.encode(torch.randn(5, 3))
-    encoded = encoded._replace(logits=torch.randn(5, 3), pairs=torch.randn(5, 3))
-
-    def found() -> Tensor:
-        return posterior(encoded.seen, actor.log_odds(encoded, every), u, every)
-
-    # Before training, of normals around kappa b with variance 1 - kappa^2, the evidence of Bayes'
-    # rule; the prior of a sign, though, does not know of the later draws.
-    actor_alone = encoded._replace(pairs=torch.zeros(5, 3))
-    normal = Normal(actor.sign_scale * every, (1 - actor.sign_scale**2) ** 0.5)
-    log_joint = normal.log_prob(u).sum(-1) + log_prob_of_signs(
-        every, actor.log_odds(actor_alone, every)
-    )
-    independent = posterior(encoded.seen, actor.log_odds(actor_alone, every), u, every)
-    assert torch.allclose(independent, log_joint - log_joint.logsumexp(0), atol=1e-12)
-    assert torch.allclose(found().logsumexp(0), torch.zeros(5), atol=1e-12)
+    encoded = encoded._replace(log_weights=torch.randn(5, 16).log_softmax(-1))
+    u = torch.randn(7, 5, 2)
+    # Before training: Bayes' rule for normals with variance 1 - kappa^2.
+    places = (actor.codes @ actor.spots).view(16, 1, 1, 2)
+    evidence = Normal(places, (1 - actor.part_scale**2) ** 0.5).log_prob(u).sum(-1).movedim(0, -1)
+    for even in (0, 2, 5):
+        prior = encoded.log_weights.clone()
+        prior[:even] = -math.log(16)
+        expected = (prior + evidence).log_softmax(-1)
+        assert torch.allclose(posterior(encoded, u, even=even), expected, atol=1e-12)
     with torch.no_grad():
         posterior.net.last.weight.normal_()
-    assert torch.allclose(found().logsumexp(0), torch.zeros(5), atol=1e-12)
+    assert torch.allclose(posterior(encoded, u).exp().sum(-1), torch.ones(7, 5), atol=1e-12)
 
 
 def test_spread_before_training() -> None:
@@ -178,9 +185,11 @@ def test_spread_before_training() -> None:
     assert math.isfinite(float(z.detach().abs().max()))
 
 
-def test_bad_sign_scale() -> None:
-    with pytest.raises(ValueError, match=r"expected sign_scale in \[0, 0.9\], got 1"):
-        ImplicitActor(3, 2, sign_scale=1)
+def test_bad_parts() -> None:
+    with pytest.raises(ValueError, match=r"expected part_scale in \[0, 0.9\], got 1"):
+        ImplicitActor(3, 2, part_scale=1)
+    with pytest.raises(ValueError, match="expected part_bits >= 1, got 0"):
+        ImplicitActor(3, 2, part_bits=0)
 
 
 @pytest.mark.parametrize("options", [{"noise_dim": 1}, {"noise_hidden_dims": ()}])
