@@ -32,7 +32,7 @@ from inference.sac_agent import Agent
 from inference.sac_presets import Config
 from models.environments import MultiGoal
 
-__all__ = ["action_density", "draw_run", "learning_curves", "main", "trajectories"]
+__all__ = ["action_density", "draw_run", "learning_curves", "main", "plane_density", "trajectories"]
 
 
 def learning_curves(
@@ -84,9 +84,17 @@ def trajectories(axes: Axes, paths: Sequence[Tensor], *, title: str) -> Axes:
     distance = np.square(points[..., None, :] - MultiGoal.GOALS).sum(-1).min(-1)
     axes.contour(axis, axis, -distance, levels=12, cmap="Greys", linewidths=0.6)
     for index, path in enumerate(paths):
-        axes.plot(*path.cpu().numpy().T, linewidth=0.8, color=f"C{index % 10}")
-    axes.scatter(*MultiGoal.GOALS.T, color="C3", zorder=3)
+        axes.plot(*path.cpu().numpy().T, linewidth=0.8, alpha=0.7, color=f"C{index % 10}")
+    axes.scatter(*MultiGoal.GOALS.T, color="k", zorder=3)
     axes.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    return axes
+
+
+def plane_density(axes: Axes, agent: Agent, obs: Tensor, *, title: str) -> Axes:
+    """Draws the density of two-dimensional actions in a state ``[obs_dim]``, by 100,000 draws."""
+    actions = agent.act(obs.expand(100_000, -1)).cpu().numpy()
+    axes.hist2d(*actions.T, bins=80, range=[[-1, 1], [-1, 1]], cmap="Blues")
+    axes.set(title=title, xlabel="first coordinate of the action", ylabel="second", aspect="equal")
     return axes
 
 
@@ -101,13 +109,16 @@ def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[P
             action_density(axes[1], agent, obs, title="policy in four states of the buffer")
         written = [plots.save(figure, path / "figures" / "run.png")]
         if config.env == "pyro_ardae/MultiGoal-v0":
-            figure, axes = _figure(1)
-            trajectories(axes[0], _multi_goal_paths(agent, config), title=config.agent)
+            figure, axes = _figure(2)
+            paths = _multi_goal_paths(agent, config)
+            trajectories(axes[0], paths, title=f"{config.agent}: {len(paths)} episodes")
+            start = torch.zeros(2, device=config.device)
+            plane_density(axes[1], agent, start, title="the first action")
             written.append(plots.save(figure, path / "figures" / "trajectories.png"))
     return written
 
 
-def _multi_goal_paths(agent: Agent, config: Config, count: int = 10) -> list[Tensor]:
+def _multi_goal_paths(agent: Agent, config: Config, count: int = 40) -> list[Tensor]:
     """Trajectories from the start, by following episodes that are played side by side."""
     seen: list[Tensor] = []
 
