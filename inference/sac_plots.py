@@ -119,7 +119,7 @@ def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[P
 
 
 def _multi_goal_paths(agent: Agent, config: Config, count: int = 40) -> list[Tensor]:
-    """Trajectories from the start, by following episodes that are played side by side."""
+    """Trajectories from the start, by following episodes, played side by side and in turn."""
     seen: list[Tensor] = []
 
     def act(obs: Tensor) -> Tensor:
@@ -129,10 +129,14 @@ def _multi_goal_paths(agent: Agent, config: Config, count: int = 40) -> list[Ten
     episodes = evaluate(
         config.env, act, episodes=count, seed=config.seed + 20_000, device=config.device
     )
-    stacked = torch.stack(seen)
-    return [
-        torch.cat([stacked[: one.length, one.env], one.last_obs.unsqueeze(0)]) for one in episodes
-    ]
+    paths: list[Tensor] = []
+    stacked, played = torch.stack(seen), defaultdict[int, int](int)
+    for one in episodes:
+        first = played[one.env]
+        played[one.env] += one.length
+        followed = stacked[first : first + one.length, one.env]
+        paths.append(torch.cat([followed, one.last_obs.unsqueeze(0)]))
+    return paths
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
