@@ -32,7 +32,15 @@ from inference.sac_agent import Agent
 from inference.sac_presets import Config
 from models.environments import MultiGoal
 
-__all__ = ["action_density", "draw_run", "learning_curves", "main", "plane_density", "trajectories"]
+__all__ = [
+    "action_density",
+    "draw_run",
+    "learning_curves",
+    "main",
+    "multi_goal_paths",
+    "plane_density",
+    "trajectories",
+]
 
 
 def learning_curves(
@@ -110,7 +118,7 @@ def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[P
         written = [plots.save(figure, path / "figures" / "run.png")]
         if config.env == "pyro_ardae/MultiGoal-v0":
             figure, axes = _figure(2)
-            paths = _multi_goal_paths(agent, config)
+            paths = multi_goal_paths(agent, config)
             trajectories(axes[0], paths, title=f"{config.agent}: {len(paths)} episodes")
             start = torch.zeros(2, device=config.device)
             plane_density(axes[1], agent, start, title="the first action")
@@ -118,7 +126,7 @@ def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[P
     return written
 
 
-def _multi_goal_paths(agent: Agent, config: Config, count: int = 40) -> list[Tensor]:
+def multi_goal_paths(agent: Agent, config: Config, count: int = 40) -> list[Tensor]:
     """Trajectories from the start, by following episodes, played side by side and in turn."""
     seen: list[Tensor] = []
 

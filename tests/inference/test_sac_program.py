@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.sac import seed_of
+from inference.sac import Training, seed_of
+from inference.sac_plots import multi_goal_paths
 from inference.sac_presets import PRESETS
 from tests.inference.conftest import ROOT, Program, assert_equal
 
@@ -41,6 +42,17 @@ def test_help(name: str, help_of: Callable[[str], str]) -> None:
     shown = help_of(name)
     if name == "sac":
         assert all(preset in shown for preset in PRESETS)
+
+
+def test_paths_of_many_episodes() -> None:
+    """Each from the start, step by step, though ten environments play them in turn."""
+    config = PRESETS["multigoal-sac"][1]
+    paths = multi_goal_paths(Training(config).agent, config, 40)
+    assert len(paths) == 40
+    for path in paths:
+        assert path[0].abs().max() == 0
+        assert 2 <= len(path) <= 31
+        assert 0 < path.diff(dim=0).abs().max() <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("agent", AGENTS)
