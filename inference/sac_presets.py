@@ -249,7 +249,7 @@ def check(config: Config) -> None:
         (config.noise_dim is None or config.noise_dim > 0, "noise-dim", "a positive number"),
         (config.score_steps > 0, "score-steps", "a positive number"),
         (config.score_draws >= config.score_steps, "score-draws", "--score-steps at least"),
-        (config.score_draws > 1, "score-draws", "2 at least: their variance is kept near 1"),
+        (config.score_draws > 1, "score-draws", "2 at least"),
     ):
         if not ok:
             found = getattr(config, option.replace("-", "_"))

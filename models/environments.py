@@ -38,8 +38,8 @@ class MultiGoal(gymnasium.Env[Array, Array]):
 
     :param float reward_scale: c, > 0. The temperature of a policy is relative to it.
     :param float action_cost: weight of the squared action, >= 0.
-    :param float start_scale: standard deviation of the start, >= 0; 0.1 in the paper. With 0, a
-        policy cannot choose the goal by where it starts.
+    :param float start_scale: standard deviation of the start, >= 0. With 0, a policy cannot choose
+        the goal by where it starts.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
