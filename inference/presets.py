@@ -28,7 +28,7 @@ _TOY = Config(
     data="25gaussians",
     architecture="mlp",
     guide="gaussian",
-    steps=4500,
+    steps=10_800,
     latent_dim=2,
     batch_size=64,
     num_particles=8,
@@ -39,15 +39,16 @@ _TOY = Config(
     activation="silu",
     average_decay=0.995,
     beta_start=0.4,
-    beta_steps=1000,
-    decay_start=2000,
-    decay_steps=2500,
+    beta_steps=2400,
+    decay_start=4800,
+    decay_steps=6000,
     noise_dim=10,
     base="none",
     score_hidden_dim=64,
     score_depth=3,
     score_learning_rate=8e-3,
     score_folds=8,
+    score_steps=3,
     num_score_samples=32,
     valid_every=1000,
     valid_points=1000,
@@ -171,15 +172,15 @@ def _plane_presets() -> dict[str, tuple[str, Config]]:
 #: Description and options by name; the figures are those of one core of a server CPU.
 PRESETS: dict[str, tuple[str, Config]] = {
     "25gaussians-implicit": (
-        "25 Gaussians, implicit guide. Test log p(x) -3.87 after 2 minutes of one core.",
-        dataclasses.replace(_TOY, guide="implicit"),
+        "25 Gaussians, implicit guide. Test log p(x) -3.81 after 2 minutes of one core.",
+        # With a step size that falls, this guide gives up cells that it had found.
+        dataclasses.replace(
+            _TOY, guide="implicit", steps=6000, beta_steps=2000, decay_start=0, decay_steps=0
+        ),
     ),
     "25gaussians-gaussian": (
-        "25 Gaussians, Gaussian guide: the same schedule over 2.4 times as many steps, in no "
-        "more time. Test log p(x) -3.91.",
-        dataclasses.replace(
-            _TOY, steps=10_800, beta_steps=2400, decay_start=4800, decay_steps=6000
-        ),
+        "25 Gaussians, Gaussian guide: in no more time. Test log p(x) -3.91.",
+        _TOY,
     ),
     **_presets(),
     **_plane_presets(),

@@ -175,12 +175,14 @@ class ARDAE(WhitenedEstimator):
     ) -> tuple[Tensor, Tensor]:
         """Denoising loss over sigma squared, less the noise's own square."""
         x, sigma, target, noise = self._noised(w, base)
-        loss, gradient = self.network.loss(self.weights, x, sigma, features, target)
         if self.ratio_weight and isinstance(base, Student):
             assert isinstance(self.network, EnergyNetwork)
-            others = base.sample(w.shape, w)
-            _, of_ratio = self.network.ratio_loss(self.weights, w, others, features)
-            gradient.add_(of_ratio, alpha=self.ratio_weight)
+            contrast = w, base.sample(w.shape, w), self.ratio_weight
+            loss, gradient = self.network.loss(
+                self.weights, x, sigma, features, target, contrast=contrast
+            )
+        else:
+            loss, gradient = self.network.loss(self.weights, x, sigma, features, target)
         return loss - mean_square(noise), gradient
 
     def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:

@@ -301,9 +301,7 @@ class EnergyNetwork(_Modulated):
         parts = self.split(flat)
         scales, shifts, encoded = self.encode(parts, features)
         h = self._last_hidden(parts, self.inputs(w, sigma), scales, shifts)
-        quadratic = encoded[-1] @ parts[-1] if encoded else parts[-1]
-        a, b = quadratic.chunk(2, -1)
-        return (h @ parts[-2]).view(w.shape[:-1]) + (w * torch.addcmul(a, b, w)).sum(-1)
+        return self._head(parts, h, w, *self._bowl(parts, encoded))
 
     def field(
         self,
@@ -315,15 +313,51 @@ class EnergyNetwork(_Modulated):
         """``[n, B, D]``: minus the gradient of the energy by w."""
         return self.energy_and_field(flat, w, sigma, features)[1]
 
+    @torch.no_grad()
     def energy_and_field(
         self, flat: Tensor, w: Tensor, sigma: Tensor, features: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Both, for little more than the field alone."""
-        with torch.enable_grad():
-            w = w.detach().requires_grad_()
-            energy = self.energy(flat.detach(), w, sigma, features)
-            (gradient,) = torch.autograd.grad(energy.sum(), w)
-        return energy.detach(), -gradient
+        """Both, for little more than the field alone; not differentiable, as :meth:`field`."""
+        parts = self.split(flat)
+        scales, shifts, encoded = self.encode(parts, features)
+        h, saved = self._hidden(parts, self.inputs(w, sigma), scales, shifts)
+        bowl = self._bowl(parts, encoded)
+        _, of_input = self._adjoints(parts, scales, saved)
+        return self._head(parts, h, w, *bowl), self._slope(w, of_input, *bowl).neg_()
+
+    def _bowl(self, parts: list[Tensor], encoded: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Coefficients of w and of its square, ``[B, D]`` each (B = 1 without features)."""
+        a, b = (encoded[-1] @ parts[-1] if encoded else parts[-1]).chunk(2, -1)
+        return a, b
+
+    @staticmethod
+    def _head(parts: list[Tensor], h: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The energy ``[n, B]``, by the last hidden layer and the bowl."""
+        return (h @ parts[-2]).view(w.shape[:-1]) + (w * torch.addcmul(a, b, w)).sum(-1)
+
+    def _slope(self, w: Tensor, of_input: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The energy's gradient by w, by that of the layers' part by their input."""
+        of_w = of_input.view(*w.shape[:-1], -1)[..., : self.dim]
+        return torch.addcmul(a, b, w, value=2).add_(of_w)
+
+    def _adjoints(
+        self, parts: list[Tensor], scales: _Films, saved: list[_Layer]
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
+        """The gradient of the layers' part of the energy by output, argument and product of each
+        layer, and by the input ``[n B, D + 2]``.
+        """
+        by_context = (-1, *scales[0].shape)
+        adjoints = []
+        of_h = parts[-2].t()
+        for i in reversed(range(self.depth)):
+            slope = saved[i][2]
+            of_argument = slope * of_h
+            of_product = (of_argument.view(by_context) * scales[i]).view_as(slope)
+            adjoints.append((of_h, of_argument, of_product))
+            below = of_product @ parts[i].t()
+            of_h = of_h + below if i else below
+        adjoints.reverse()
+        return adjoints, of_h
 
     def loss(
         self,
@@ -333,33 +367,24 @@ class EnergyNetwork(_Modulated):
         features: Tensor,
         target: Tensor,
         weight: Tensor | None = None,
+        *,
+        contrast: tuple[Tensor, Tensor, float] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean square of ``target + weight * field``, and its gradient by the flat weights.
 
         :param weight: 1 if left out.
+        :param contrast: the arguments draws and others of :meth:`ratio_loss`, and a factor: so many
+            times that loss's gradient is added, for less than by a call of its own. The value
+            returned is without it.
         """
-        parts = self.split(flat)
+        parts, grad = self.split(flat), torch.empty_like(flat)
+        grads = self.split(grad)
         scales, shifts, encoded = self.encode(parts, features)
-        v, quadratic = parts[-2:]
+        bowl = self._bowl(parts, encoded)
         curves: list[Tensor] = []
         _, saved = self._hidden(parts, self.inputs(w, sigma), scales, shifts, curves)
-
-        # The energy's gradient by w: its adjoints by h, argument and product in every layer.
-        by_context = (-1, *scales[0].shape)
-        adjoints = []
-        of_h = v.t()
-        for i in reversed(range(self.depth)):
-            slope = saved[i][2]
-            of_argument = slope * of_h
-            of_product = (of_argument.view(by_context) * scales[i]).view_as(slope)
-            adjoints.append((of_h, of_argument, of_product))
-            below = of_product @ parts[i].t()
-            of_h = of_h + below if i else below.view(*w.shape[:-1], -1)
-        adjoints.reverse()
-        bowl = encoded[-1] @ quadratic if encoded else quadratic
-        a, b = bowl.chunk(2, -1)
-        slope_w = torch.addcmul(a, b, w, value=2).add_(of_h[..., : self.dim])
-        field = slope_w.neg_()
+        adjoints, of_input = self._adjoints(parts, scales, saved)
+        field = self._slope(w, of_input, *bowl).neg_()
         error = target + field if weight is None else torch.addcmul(target, weight, field)
         loss = mean_square(error)
 
@@ -367,8 +392,7 @@ class EnergyNetwork(_Modulated):
         # derivative along -e: reverse over forward. Its adjoints by the tangents are those above.
         tangent_w = error.mul_(-2.0 / error.numel())
         tangent_w = tangent_w if weight is None else tangent_w * weight
-        grad = torch.empty_like(flat)
-        grads = self.split(grad)
+        by_context = (-1, *scales[0].shape)
         moved = torch.zeros_like(saved[0][0])
         moved[:, : self.dim] = tangent_w.flatten(0, 1)
         tangents = []
@@ -398,6 +422,15 @@ class EnergyNetwork(_Modulated):
                 up = d_product @ parts[i].t()
                 d_h = up if d_h is None else d_h.add_(up)
         d_bowl = torch.cat([tangent_w.sum(0), (2 * w * tangent_w).sum(0)], -1)
+        if contrast is not None:
+            draws, others, factor = contrast
+            further = torch.zeros_like(flat)
+            _, films, of_bowl = self._ratio(
+                parts, self.split(further), scales, shifts, bowl, draws, others
+            )
+            grad.add_(further, alpha=factor)
+            d_films.add_(films, alpha=factor)
+            d_bowl.add_(of_bowl, alpha=factor)
         self._bowl_gradient(parts, grads, encoded, d_films, d_bowl)
         return loss, grad
 
@@ -410,30 +443,40 @@ class EnergyNetwork(_Modulated):
         :param draws: of q, ``[n, B, D]``.
         :param others: of the base, ``[m, B, D]``.
         """
-        parts = self.split(flat)
+        parts, grad = self.split(flat), torch.empty_like(flat)
+        grads = self.split(grad)
         scales, shifts, encoded = self.encode(parts, features)
+        bowl = self._bowl(parts, encoded)
+        loss, d_films, d_bowl = self._ratio(parts, grads, scales, shifts, bowl, draws, others)
+        self._bowl_gradient(parts, grads, encoded, d_films, d_bowl)
+        return loss, grad
+
+    def _ratio(
+        self,
+        parts: list[Tensor],
+        grads: list[Tensor],
+        scales: _Films,
+        shifts: _Films,
+        bowl: tuple[Tensor, Tensor],
+        draws: Tensor,
+        others: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ratio loss, and its gradient by films and bowl; write that by layers and head."""
         w = torch.cat([draws, others])
         level = w.new_zeros(*w.shape[:-1], 1)
         h, saved = self._hidden(parts, self.inputs(w, level), scales, shifts)
-        v, quadratic = parts[-2:]
-        bowl = encoded[-1] @ quadratic if encoded else quadratic
-        a, b = bowl.chunk(2, -1)
-        energy = (h @ v).view(w.shape[:-1]) + (w * torch.addcmul(a, b, w)).sum(-1)
-        of_draws, of_others = energy.split([len(draws), len(others)])
+        of_draws, of_others = self._head(parts, h, w, *bowl).split([len(draws), len(others)])
         loss = F.softplus(of_draws).mean() + F.softplus(-of_others).mean()
 
         d_energy = torch.cat(
             [of_draws.sigmoid() / of_draws.numel(), -of_others.neg().sigmoid() / of_others.numel()]
         )
-        grad = torch.empty_like(flat)
-        grads = self.split(grad)
         rows = d_energy.view(-1, 1)
         torch.mm(h.t(), rows, out=grads[-2])
-        d_films = self._hidden_gradient(parts, grads, scales, saved, rows @ v.t())
+        d_films = self._hidden_gradient(parts, grads, scales, saved, rows @ parts[-2].t())
         along = d_energy.unsqueeze(-1) * w
         d_bowl = torch.cat([along.sum(0), along.mul_(w).sum(0)], -1)
-        self._bowl_gradient(parts, grads, encoded, d_films, d_bowl)
-        return loss, grad
+        return loss, d_films, d_bowl
 
     def _bowl_gradient(
         self,

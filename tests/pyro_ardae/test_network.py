@@ -36,6 +36,14 @@ def test_gradient_of_the_loss(
     assert torch.allclose(value, loss.detach(), rtol=0, atol=1e-12)
     assert torch.allclose(gradient, expected, rtol=0, atol=1e-12)
 
+    if isinstance(network, EnergyNetwork):
+        inputs = flat.detach(), w.detach(), sigma, features, target, weight
+        draws, others = torch.randn(4, 5, 3), torch.randn(2, 5, 3)
+        value, both = network.loss(*inputs, contrast=(draws, others, 0.7))
+        _, of_ratio = network.ratio_loss(flat.detach(), draws, others, features)
+        assert torch.allclose(value, loss.detach(), rtol=0, atol=1e-12)
+        assert torch.allclose(both, expected + 0.7 * of_ratio, rtol=0, atol=1e-12)
+
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("feature_dim", [0, 4])
