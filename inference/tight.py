@@ -30,6 +30,10 @@ FILE_NAME = "ais.npz"
 #: Data points treated at once: bounds the memory, and keeps the activations near the cache.
 POINTS_AT_ONCE = 100
 
+#: Draws of an image for the lower bound of an implicit guide's ELBO, and at once; and others whose
+#: noise the density of each is averaged over. 1,000 images leave an error of 0.02 nats.
+BOUND_DRAWS, BOUND_DRAWS_AT_ONCE, BOUND_MIXING = 16, 4, 64
+
 
 @dataclass(frozen=True)
 class Tight:
@@ -98,7 +102,7 @@ def tight_evaluation(
                     )
                     found = {"elbo_energy": fit.energy, "elbo_gaussian": fit.gaussian}
                     if hasattr(vae.head, "conditional_draws"):
-                        found["elbo_bound"] = _bound(vae, chunk, options.elbo_samples)
+                        found["elbo_bound"] = _bound(vae, chunk)
             proposal = refine_gaussian(log_joint, start, num_steps=options.refinement_steps)
             estimate = annealed_importance_sampling(
                 log_joint,
@@ -116,14 +120,15 @@ def tight_evaluation(
     return arrays
 
 
-def _bound(vae: VAE, x: Tensor, num_samples: int) -> Tensor:
+def _bound(vae: VAE, x: Tensor) -> Tensor:
     """A lower bound of the ELBO ``[n]``, by log q given a part of its noise."""
     parts = []
-    for count in [16] * (num_samples // 16) + [num_samples % 16]:
-        if count:
-            z, log_q = vae.conditional_draws(x, torch.Size((count,)))
-            parts.append((vae.log_joint(x, z) - log_q).sum(0))
-    return torch.stack(parts).sum(0) / num_samples
+    for _ in range(BOUND_DRAWS // BOUND_DRAWS_AT_ONCE):
+        z, log_q = vae.conditional_draws(
+            x, torch.Size((BOUND_DRAWS_AT_ONCE,)), num_mixing=BOUND_MIXING
+        )
+        parts.append(vae.log_joint(x, z) - log_q)
+    return torch.cat(parts).mean(0)
 
 
 def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:

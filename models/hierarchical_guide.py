@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pyro.distributions as dist
@@ -100,18 +101,23 @@ class HierarchicalGuide(nn.Module):
 
     @torch.no_grad()
     def conditional_draws(
-        self, features: Tensor, sample_shape: torch.Size = torch.Size()
+        self,
+        features: Tensor,
+        sample_shape: torch.Size = torch.Size(),
+        *,
+        num_mixing: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Draws of z and their log-densities given the auxiliary latent, as
-        :meth:`models.guides.DeviatingGuide.conditional_draws`.
+        """Draws of z and their log-densities given the auxiliary latent, with K others averaged
+        over as in :meth:`models.guides.DeviatingGuide.conditional_draws`.
         """
-        auxiliary = self.mixing(features).sample(sample_shape)
+        auxiliary = self.mixing(features).sample(torch.Size((1 + num_mixing, *sample_shape)))
         loc, scale = self._inner(auxiliary, self.net.project(features))
         inner = dist.Normal(loc, scale, validate_args=False).to_event(1)
         transform = self.base.transform(features)
-        w = inner.sample()
+        w = torch.addcmul(loc[0], scale[0], torch.randn_like(loc[0]))
         z = transform(w)
-        return z, inner.log_prob(w) - transform.log_abs_det_jacobian(w, z)
+        log_q = inner.log_prob(w).logsumexp(0) - math.log(1 + num_mixing)
+        return z, log_q - transform.log_abs_det_jacobian(w, z)
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         """The marginal of z."""

@@ -117,10 +117,12 @@ class TwoLevelVAE(VAE):
         )
 
     @torch.no_grad()
-    def conditional_draws(self, x: Tensor, sample_shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def conditional_draws(
+        self, x: Tensor, sample_shape: torch.Size, *, num_mixing: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Of both levels, as :meth:`models.vae.VAE.conditional_draws`."""
         features = self.trunk(x)
-        first, log_q = self.head.conditional_draws(features, sample_shape)
+        first, log_q = self.head.conditional_draws(features, sample_shape, num_mixing=num_mixing)
         by_second = self.second_trunk(first, self.second_trunk.project(features))
-        second, log_q_second = self.second_head.conditional_draws(by_second)
+        second, log_q_second = self.second_head.conditional_draws(by_second, num_mixing=num_mixing)
         return torch.cat([first, second], -1), log_q + log_q_second

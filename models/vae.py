@@ -80,12 +80,14 @@ class VAE(nn.Module):
         """The guide's distribution of the latents of ``x``: batch shape ``[B]``."""
         return self.head(self.trunk(x))
 
-    def conditional_draws(self, x: Tensor, sample_shape: Size) -> tuple[Tensor, Tensor]:
+    def conditional_draws(
+        self, x: Tensor, sample_shape: Size, *, num_mixing: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Latents ``[*sample, B, D]`` of a guide without a density, and log-densities ``[*sample,
         B]`` given a part of their noise, see
         :meth:`models.guides.DeviatingGuide.conditional_draws`.
         """
-        return self.head.conditional_draws(self.trunk(x), sample_shape)
+        return self.head.conditional_draws(self.trunk(x), sample_shape, num_mixing=num_mixing)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """``log p(x, z)`` for data ``[B, X]`` and latents ``[*sample, B, latent_dim]``.

@@ -259,6 +259,15 @@ def test_deviation_is_a_contraction_whatever_its_weights(float64: None) -> None:
     assert ratio.max() > 1e-3  # there is a deviation
 
 
+def to_a_narrow_normal(z: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean weight ``[B]`` of draws ``[S, B, D]`` to a density, exactly 1, and its error."""
+    centred = z - z.mean(0)
+    covariance = torch.einsum("sbi,sbj->bij", centred, centred) / len(z)
+    narrow = dist.MultivariateNormal(z.mean(0), 0.5 * covariance)
+    weights = (narrow.log_prob(z) - log_q).exp()
+    return weights.mean(0), weights.std(0) / len(z) ** 0.5
+
+
 def test_density_of_conditional_draws(float64: None) -> None:
     """Without further noise it is the guide's own: weights to any density have mean 1."""
     head = deviating(noise_dim=LATENT, by=1.0)
@@ -267,17 +276,66 @@ def test_density_of_conditional_draws(float64: None) -> None:
     z, log_q = head.conditional_draws(features, torch.Size((20_000,)))
     assert z.shape == (20_000, BATCH, LATENT)
     assert log_q.shape == (20_000, BATCH)
-    centred = z - z.mean(0)
-    covariance = torch.einsum("sbi,sbj->bij", centred, centred) / len(z)
-    narrow = dist.MultivariateNormal(z.mean(0), 0.5 * covariance)
-    weights = (narrow.log_prob(z) - log_q).exp()
-    error = weights.std(0) / len(z) ** 0.5
-    assert ((weights.mean(0) - 1).abs() < 5 * error).all()
+    mean, error = to_a_narrow_normal(z, log_q)
+    assert ((mean - 1).abs() < 5 * error).all()
     assert error.max() < 0.05
     # Without the determinant of the deviation they would not.
     gaussian = head.base.transform(features)
     noise_alone = dist.Normal(0.0, 1.0).log_prob(gaussian.inv(z)).sum(-1)
     assert (log_q - noise_alone).std() > 0.05
+
+
+def shifting() -> DeviatingGuide:
+    """Its draws are Normal, moved by the rest of their noise as far as its gain allows."""
+    base = GaussianGuide(FEATURES, LATENT)
+    head = DeviatingGuide(base, FEATURES, LATENT, noise_dim=2 * LATENT, hidden_dims=(LATENT,))
+    disturb(base)
+    with torch.no_grad():
+        head.net.from_condition.layers.weight.zero_()
+        head.net.from_condition.layers.bias.fill_(20.0)  # where SiLU is the identity
+        head.net.from_input.layers[0].bias.zero_()
+        head.net.from_input.layers[0].weight.copy_(torch.eye(2 * LATENT)[LATENT:])
+        head.net.net.last.weight.copy_(torch.eye(LATENT))
+    return head
+
+
+@pytest.mark.parametrize("kind", [deviating, shifting, hierarchical])
+def test_density_of_draws_averaged_over_the_rest_of_the_noise(
+    float64: None, kind: Callable[..., DeviatingGuide | HierarchicalGuide]
+) -> None:
+    """Weights to any density have mean 1 at every K."""
+    torch.manual_seed(0)
+    head = deviating(noise_dim=LATENT + 3, by=3.0) if kind is deviating else kind()
+    features = torch.randn(BATCH, FEATURES)
+    for num_mixing in (2, 20):
+        z, log_q = head.conditional_draws(features, torch.Size((10_000,)), num_mixing=num_mixing)
+        mean, error = to_a_narrow_normal(z, log_q)
+        assert ((mean - 1).abs() < 5 * error).all()
+        assert error.max() < 0.05
+
+
+def test_density_of_averaged_draws_is_between_two_that_are_known(float64: None) -> None:
+    """Of draws w = own + s rest in each coordinate, log q has the mean -log(2 pi e (1 + s^2)) / 2,
+    and, given the rest, -log(2 pi e) / 2.
+    """
+    torch.manual_seed(0)
+    head = shifting()
+    features = torch.randn(BATCH, FEATURES)
+    z, _ = head.conditional_draws(features, torch.Size((10,)))
+    transform = head.base.transform(features)
+    means = []
+    for num_mixing in (0, 4, 200):
+        z, log_q = head.conditional_draws(features, torch.Size((4_000,)), num_mixing=num_mixing)
+        log_q = log_q + transform.log_abs_det_jacobian(transform.inv(z), z)
+        means.append(log_q.mean() / LATENT)
+    error = 5 * log_q.std() / log_q.numel() ** 0.5 / LATENT
+    # Identities are over their bounds, r^(1/16) with r singular values of 1.
+    slope = head.factor * LATENT ** (-2 / 16)
+    given, exact = (-0.5 * math.log(2 * math.pi * math.e * (1 + s**2)) for s in (0, slope))
+    assert abs(means[0] - given) < error
+    assert given - exact > 3 * error
+    assert means[0] > means[1] > means[2] - error
+    assert exact - error < means[2] < exact + error + 0.01
 
 
 def test_conditional_draws_of_the_hierarchical_guide(float64: None) -> None:
@@ -286,5 +344,5 @@ def test_conditional_draws_of_the_hierarchical_guide(float64: None) -> None:
     torch.manual_seed(1)
     z, log_q = head.conditional_draws(features, torch.Size((7,)))
     torch.manual_seed(1)
-    conditional = head.conditional(features, head.mixing(features).sample((7,)))
+    conditional = head.conditional(features, head.mixing(features).sample((1, 7))[0])
     torch.testing.assert_close(conditional.log_prob(z), log_q)
