@@ -179,7 +179,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
         ),
     ),
     "25gaussians-gaussian": (
-        "25 Gaussians, Gaussian guide: in no more time. Test log p(x) -3.91.",
+        "25 Gaussians, Gaussian guide. Test log p(x) -3.91, in no more time.",
         _TOY,
     ),
     **_presets(),

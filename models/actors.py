@@ -322,7 +322,7 @@ class ImplicitActor(nn.Module):
     def choose(self, encoded: Encoded, num_draws: int = 1) -> Tensor:
         """Random parts ``[num_draws, *batch]``, by inversion of their distribution."""
         below = encoded.log_weights.exp().cumsum(-1)
-        level = torch.rand((num_draws, *below.shape[:-1]), dtype=below.dtype).to(below)
+        level = torch.rand((num_draws, *below.shape[:-1]), dtype=below.dtype, device=below.device)
         level = level.movedim(0, -1).contiguous() * below[..., -1:]
         part = torch.searchsorted(below, level).movedim(-1, 0)
         return part.clamp_(max=self.num_parts - 1)

@@ -250,20 +250,19 @@ class DeviatingGuide(nn.Module):
             return torch.randn(size, dtype=features.dtype, device=features.device)
 
         def deviation(own: Tensor, rest: Tensor, projected: Tensor) -> Tensor:
-            return functional_call(self.net, weights, (torch.cat([own, rest], -1), projected))
+            value = functional_call(self.net, weights, (torch.cat([own, rest], -1), projected))
+            return self.factor * value
 
         own, rest = normal(1, *shape, self.latent_dim), normal(1 + num_mixing, *shape, rest_dim)
-        w = own + self.factor * deviation(own, rest[:1], projected)
+        w = own + deviation(own, rest[:1], projected)
         if num_mixing:
-            guess = own.expand(num_mixing, *own.shape[1:])
-            others = self._own_noise(
-                w, lambda guess: self.factor * deviation(guess, rest[1:], projected), guess
-            )
+            first = own.expand(num_mixing, *own.shape[1:])
+            others = self._own_noise(w, lambda own: deviation(own, rest[1:], projected), first)
             own = torch.cat([own, others])
         rows = (part.flatten(0, -2) for part in (own, rest, projected.expand(len(own), *shape, -1)))
         slopes = vmap(jacrev(deviation), chunk_size=4096)(*rows)
         eye = torch.eye(self.latent_dim, dtype=own.dtype, device=own.device)
-        log_det = torch.linalg.slogdet(eye + self.factor * slopes)[1].view(own.shape[:-1])
+        log_det = torch.linalg.slogdet(eye + slopes)[1].view(own.shape[:-1])
         log_q = dist.Normal(0.0, 1.0).log_prob(own).sum(-1) - log_det
         transform = self.base.transform(features)
         z = transform(w[0])

@@ -321,7 +321,6 @@ def test_density_of_averaged_draws_is_between_two_that_are_known(float64: None) 
     torch.manual_seed(0)
     head = shifting()
     features = torch.randn(BATCH, FEATURES)
-    z, _ = head.conditional_draws(features, torch.Size((10,)))
     transform = head.base.transform(features)
     means = []
     for num_mixing in (0, 4, 200):
