@@ -36,6 +36,7 @@ FAST = Tight(
 SMALL = (
     *("--points", 8, "--chains", 2, "--temperatures", 2, "--leapfrog", 1, "--elbo-samples", 4),
     *("--refinement-steps", 1, "--start-samples", 64, "--energy-updates", 1),
+    *("--bound-samples", 2, "--bound-mixing", 2),
 )
 
 
