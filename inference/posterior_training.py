@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -63,11 +62,6 @@ class Config:
     for every guide, ..."""
     beta_share: float = 0.4
     """... over this share of the run."""
-    gain: float = 0.2
-    """Implicit guide: speed at which its network departs from the noise, see AutoImplicit."""
-    input_scale: float = 3.0
-    """Implicit guide: scale of the noise where it enters the network. Separated modes take a
-    network that turns sharply."""
     score_samples: int = 1024
     """Implicit guide: draws by which the score is learned in a step."""
     score_learning_rate: float = 8e-3
@@ -103,7 +97,7 @@ class Training:
         )
         self.steps_done, self.seconds, self.beta = 0, 0.0, config.beta_start
         self.skipped = 0
-        self.guide = self._guide(guide)
+        self.guide = GUIDES[guide](posterior.model, posterior.spread)
         rates = {
             **dict.fromkeys(("iaf", "flow"), config.flow_learning_rate),
             "implicit": config.implicit_learning_rate,
@@ -172,17 +166,6 @@ class Training:
     def _tempered(self, *args: Any) -> None:
         with _Temper(self.beta):
             self.posterior.model(*args)
-
-    def _guide(self, name: str) -> AutoGuide:
-        posterior = self.posterior
-        if name != "implicit":
-            return GUIDES[name](posterior.model, posterior.spread)
-        return AutoImplicit(
-            posterior.model,
-            init_scale=posterior.spread,
-            gain=self.config.gain,
-            input_scale=self.config.input_scale,
-        )
 
     def _loss(self) -> ELBO:
         config = self.config

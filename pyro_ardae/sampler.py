@@ -47,8 +47,8 @@ class ResidualSampler(nn.Module):
         *,
         noise_dim: int,
         hidden_dims: Sequence[int] = (64, 64),
-        gain: float = 0.1,
-        input_scale: float = 1.0,
+        gain: float = 0.2,
+        input_scale: float = 3.0,
     ) -> None:
         super().__init__()
         if noise_dim < latent_dim:

@@ -47,8 +47,8 @@ def test_sampler_uses_context_and_all_noise() -> None:
     [
         ({"noise_dim": D - 1}, "at least the 4 dimensions.*got 3"),
         ({"noise_dim": D, "hidden_dims": ()}, "at least one hidden layer"),
-        ({"noise_dim": D, "gain": 0.0}, "gain > 0.*got 0.0 and 1.0"),
-        ({"noise_dim": D, "input_scale": -1.0}, "got 0.1 and -1.0"),
+        ({"noise_dim": D, "gain": 0.0}, "gain > 0.*got 0.0 and 3.0"),
+        ({"noise_dim": D, "input_scale": -1.0}, "got 0.2 and -1.0"),
     ],
 )
 def test_sampler_errors(arguments: dict[str, object], words: str) -> None:
