@@ -181,8 +181,8 @@ def table(runs: dict[tuple[str, str, int], Path]) -> str:
         shown = []
         for name in ("eval_return", "eval_return_no_noise"):
             values = [metrics[name][-1] for metrics in found]
-            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-            shown.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            shown.append(f"{statistics.mean(values):.1f}{spread}")
         steps = int(found[0]["step"][-1])
         lines.append(f"| {task} | {agent} | {len(found)} | {steps} | {shown[0]} | {shown[1]} |")
     return "\n".join(lines)
