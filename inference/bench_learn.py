@@ -9,7 +9,8 @@ goes on with a run that has a checkpoint. Stable-Baselines3's SAC gets the optio
 ``sac`` but its own step size (3e-4 for all networks), sees the same wrapped environments, and is
 evaluated by the same code with the same seeds.
 
-``learning.csv`` has a row for each evaluation of each run; the table that is printed has, for each
+``learning.csv`` has a row for each evaluation of each finished run of the folder, whichever call
+made it; the table that is printed has, for each
 task and agent, mean and standard deviation over seeds of the last evaluation's ``eval_return``, and
 of its ``eval_return_no_noise``.
 """
@@ -77,7 +78,7 @@ def bench_learn(options: Learn) -> Path:
                     _learn_sb3(config, path) if agent == "sb3" else _learn(config, path)
                 _same(path, config)
                 runs[task, agent, seed] = path
-                _write(options.out / "learning.csv", runs)
+                _write(options.out)
     print(table(runs))
     return options.out / "learning.csv"
 
@@ -161,13 +162,16 @@ def _learn_sb3(config: Config, path: Path) -> None:
     folder.write_json("results.json", {"steps": model.num_timesteps})
 
 
-def _write(path: Path, runs: dict[tuple[str, str, int], Path]) -> None:
+def _write(folder: Path) -> None:
+    finished = {}
+    for results in folder.glob("*-*-seed*/results.json"):
+        name, seed = results.parent.name.rsplit("-seed", 1)
+        finished[(*name.split("-", 1), int(seed))] = read_metrics(results.parent)
     rows: list[list[object]] = []
-    for key, run in runs.items():
-        metrics = read_metrics(run)
-        for step, *values in zip(*(metrics[name] for name in COLUMNS), strict=True):
+    for key, metrics in sorted(finished.items()):
+        for step, *values in zip(*(metrics[column] for column in COLUMNS), strict=True):
             rows.append([*key, int(step), *values])
-    write_csv(path, ("task", "agent", "seed", *COLUMNS), rows)
+    write_csv(folder / "learning.csv", ("task", "agent", "seed", *COLUMNS), rows)
 
 
 def table(runs: dict[tuple[str, str, int], Path]) -> str:

@@ -233,6 +233,9 @@ def test_bench_learn_resumes(
     program("bench", "learn", *options, "--seeds", 0, 1)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "| multigoal | sac-ardae | 2 | 8 |" in capsys.readouterr().out
+    program("bench", "learn", *options, "--seeds", 1, "--agents", "sac")
+    with (tmp_path / "learning.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * len(rows)  # not that call's runs alone
     with pytest.raises(SystemExit):
         program("bench", "learn", *options, "--eval-every", 2, "--seeds", 0)
     assert "expected a run with eval_every 2, found 4" in capsys.readouterr().err
