@@ -10,9 +10,8 @@ goes on with a run that has a checkpoint. Stable-Baselines3's SAC gets the optio
 evaluated by the same code with the same seeds.
 
 ``learning.csv`` has a row for each evaluation of each finished run of the folder, whichever call
-made it; the table that is printed has, for each
-task and agent, mean and standard deviation over seeds of the last evaluation's ``eval_return``, and
-of its ``eval_return_no_noise``.
+made it; the table that is printed has, for each task and agent, mean and standard deviation over
+seeds of the last evaluation's ``eval_return``, and of its ``eval_return_no_noise``.
 """
 
 from __future__ import annotations
@@ -166,7 +165,8 @@ def _write(folder: Path) -> None:
     finished = {}
     for results in folder.glob("*-*-seed*/results.json"):
         name, seed = results.parent.name.rsplit("-seed", 1)
-        finished[(*name.split("-", 1), int(seed))] = read_metrics(results.parent)
+        if seed.isdigit():  # else a folder of another name, say a copy that was put aside
+            finished[(*name.split("-", 1), int(seed))] = read_metrics(results.parent)
     rows: list[list[object]] = []
     for key, metrics in sorted(finished.items()):
         for step, *values in zip(*(metrics[column] for column in COLUMNS), strict=True):
