@@ -5,9 +5,10 @@
 
 What ``python -m inference.bench sac`` runs: on the shapes of HalfCheetah (17 observations, 6
 actions, batch 256), with transitions of noise, all in one process and taking turns, so that a slow
-moment of the machine meets all of them. An update is drawing a batch, one step of each network, and
-one of the targets; the agents have the options of their HalfCheetah presets, and Stable-Baselines3
-its defaults, which are the same sizes.
+moment of the machine meets all of them. An update is drawing a batch, one step of each network that
+is due, and one of the targets; a turn is as many updates as it takes until all were due. The agents
+have the options of their HalfCheetah presets, and Stable-Baselines3 its defaults, which are the
+same sizes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -39,9 +40,9 @@ class Sac:
     """Times one soft actor-critic update of each agent and of Stable-Baselines3's."""
 
     updates: int = 200
-    """Timed updates of each."""
+    """Timed turns of each; a turn is --policy-delay updates."""
     warmup: int = 30
-    """Updates of each before the clock runs."""
+    """Turns of each before the clock runs."""
     clock: Literal["wall", "cpu"] = "wall"
     """What is measured: wall-clock time, or this process's CPU time, which on one thread is the
     wall-clock of an idle core."""
@@ -67,7 +68,12 @@ def _transitions(count: int) -> Batch:
     )
 
 
-def _build(name: AgentName, options: Sac) -> Callable[[], Any]:
+class _Job(NamedTuple):
+    update: Callable[[], Any]
+    turn: int
+
+
+def _build(name: AgentName, options: Sac) -> _Job:
     config = dataclasses.replace(
         PRESETS[f"halfcheetah-{name}"][1],
         batch_size=options.batch_size,
@@ -77,10 +83,10 @@ def _build(name: AgentName, options: Sac) -> Callable[[], Any]:
     agent = Agent(build_policy(*shape), build_critic(*shape), config)
     replay = Replay(TRANSITIONS, OBS_DIM, ACTION_DIM)
     replay.add(_transitions(TRANSITIONS))
-    return lambda: agent.update(replay.sample(options.batch_size))
+    return _Job(lambda: agent.update(replay.sample(options.batch_size)), config.policy_delay)
 
 
-def _build_sb3(options: Sac) -> Callable[[], Any]:
+def _build_sb3(options: Sac) -> _Job:
     try:
         import gymnasium
         from stable_baselines3 import SAC
@@ -110,22 +116,23 @@ def _build_sb3(options: Sac) -> Callable[[], Any]:
     for index in range(TRANSITIONS):
         obs, action, reward, next_obs, done = (part[index : index + 1].numpy() for part in rows)
         model.replay_buffer.add(obs, next_obs, action, reward, done, [{}])  # type: ignore[union-attr]
-    return lambda: model.train(1, options.batch_size)
+    return _Job(lambda: model.train(1, options.batch_size), 1)
 
 
 def bench_sac(options: Sac) -> dict[str, Any]:
-    """Runs the benchmark; returns its figures: medians in milliseconds, and ratios."""
+    """Runs the benchmark; returns its figures: median milliseconds of an update, and ratios."""
     torch.manual_seed(options.seed)
-    jobs: dict[str, Callable[[], Any]] = {"sb3": _build_sb3(options)}
+    jobs = {"sb3": _build_sb3(options)}
     jobs |= {name: _build(name, options) for name in get_args(AgentName)}
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for index in range(options.warmup + options.updates):
         for name, job in jobs.items():
             start = clock()
-            job()
+            for _ in range(job.turn):
+                job.update()
             if index >= options.warmup:
-                times[name].append(clock() - start)
+                times[name].append((clock() - start) / job.turn)
     median = {name: statistics.median(values) for name, values in times.items()}
     return {
         "ms": {name: 1e3 * value for name, value in median.items()},

@@ -210,8 +210,9 @@ def _passes(before: int, after: int, every: int) -> bool:
 
 
 def _means(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over updates; of ``max_z`` the maximum."""
-    columns = {name: torch.stack([one[name] for one in metrics]) for name in (metrics or [{}])[0]}
+    """Means over the updates that have them; of ``max_z`` the maximum."""
+    names = dict.fromkeys(name for one in metrics for name in one)
+    columns = {name: torch.stack([one[name] for one in metrics if name in one]) for name in names}
     return {
         name: float(values.max() if name == "max_z" else values.mean())
         for name, values in columns.items()

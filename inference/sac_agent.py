@@ -70,12 +70,17 @@ class Agent:
             self.alpha_optimizer = torch.optim.Adam([self.log_alpha], rate, fused=True)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of score, critics, policy and temperature; returns scalars, detached."""
-        proposal = self.policy.fit(batch.obs)
+        """One update of critics and temperature, and of score and policy if they are due; returns
+        scalars, detached.
+        """
+        due = self.updates % self.config.policy_delay == 0
+        proposal = self.policy.fit(batch.obs) if due else None
         metrics = self.update_critic(batch)
-        metrics |= self.update_actor(batch.obs, proposal)
+        if due:
+            metrics |= self.update_actor(batch.obs, proposal)
         if self.config.auto_alpha:
             self.update_alpha(metrics["log_pi"])
+        self.updates += 1
         return metrics
 
     def update_critic(self, batch: Batch) -> dict[str, Tensor]:
@@ -131,7 +136,6 @@ class Agent:
         loss.backward()
         self.actor_optimizer.step()
         self.actor_optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
         return {"q_policy": q.detach().mean(), "max_z": z.detach().abs().max()}
 
     def _learn_critic(self, learns: bool) -> None:
@@ -160,9 +164,7 @@ class Agent:
     @property
     def alpha(self) -> float:
         """The temperature of the next update."""
-        alpha = math.exp(float(self.log_alpha.detach()))
-        left = 1 - self.updates / self.config.alpha_steps if self.config.alpha_steps else 0.0
-        return alpha * self.config.alpha_start ** max(0.0, left)
+        return math.exp(float(self.log_alpha.detach()))
 
     @torch.no_grad()
     def act(self, obs: Tensor, *, noise: bool = True) -> Tensor:

@@ -82,6 +82,8 @@ class Config:
     """Step size of Adam for critics and temperature."""
     actor_learning_rate: float = 3e-4
     """Step size of Adam for the actor."""
+    policy_delay: int = 1
+    """Updates of the critics to one of score and actor."""
     hidden_dims: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers of critics and actor."""
 
@@ -91,10 +93,6 @@ class Config:
     """Whether the temperature is tuned such that the entropy meets a target."""
     target_entropy: float | None = None
     """That target in nats; minus the number of action dimensions by default."""
-    alpha_start: float = 1.0
-    """Factor on the temperature at the first update, falling to 1 geometrically, ..."""
-    alpha_steps: int = 0
-    """... over this many updates."""
     subtract_entropy_mean: bool = False
     """Whether the running mean of log π is subtracted from it in the target of the critics."""
 
@@ -224,9 +222,8 @@ def check(config: Config) -> None:
         (0 < config.tau <= 1, "tau", "a share in (0, 1]"),
         (config.learning_rate > 0, "learning-rate", "a positive number"),
         (config.actor_learning_rate > 0, "actor-learning-rate", "a positive number"),
+        (config.policy_delay > 0, "policy-delay", "a positive number"),
         (config.alpha > 0, "alpha", "a positive temperature"),
-        (config.alpha_start > 0, "alpha-start", "a positive factor"),
-        (config.alpha_steps >= 0, "alpha-steps", "no negative number"),
         (min(config.noise_hidden_dims, default=0) > 0, "noise-hidden-dims", "positive widths"),
         (config.noise_scale > 0, "noise-scale", "a positive factor"),
         (config.spread > 0, "spread", "a positive scale"),

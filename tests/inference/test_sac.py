@@ -340,17 +340,6 @@ def test_temperature_moves_towards_the_target_entropy() -> None:
         assert agent.target_entropy == -2
 
 
-def test_temperature_is_annealed() -> None:
-    agent, _ = linear_agent(
-        Config(agent="sac-ardae", alpha=0.1, auto_alpha=False, alpha_start=4.0, alpha_steps=100)
-    )
-    found = []
-    for updates in (0, 50, 100, 1000):
-        agent.updates = updates
-        found.append(agent.alpha)
-    assert found == pytest.approx([0.4, 0.2, 0.1, 0.1])
-
-
 def test_jacobian_penalty() -> None:
     actor = ImplicitActor(3, 2, hidden_dims=(8,), noise_dim=4, noise_hidden_dims=(8,))
     policy = ImplicitPolicy(actor, ARDAE(2, 5), num_draws=4)
@@ -402,7 +391,7 @@ def test_penalty_on_the_moments_of_y() -> None:
 @pytest.mark.parametrize("name", ["sac", "sac-nf", "sac-ardae"])
 @pytest.mark.parametrize("auto_alpha", [True, False])
 def test_state_resumes_bit_for_bit(name: Any, auto_alpha: bool) -> None:
-    config = Config(agent=name, auto_alpha=auto_alpha, **SMALL)  # type: ignore[arg-type]
+    config = Config(agent=name, auto_alpha=auto_alpha, policy_delay=3, **SMALL)  # type: ignore[arg-type]
 
     def build() -> Agent:
         critic = TwinCritic(3, 2, hidden_dims=(8,))
@@ -435,6 +424,23 @@ def test_only_the_actor_learns_in_its_step(name: Any) -> None:
     metrics = agent.update(batch(8))
     assert all(torch.isfinite(value) for value in metrics.values())
     assert all(not p.requires_grad for p in agent.target_critic.parameters())
+
+
+@pytest.mark.parametrize("name", ["sac", "sac-nf", "sac-ardae"])
+def test_the_policy_waits_for_its_turn(name: Any) -> None:
+    config = Config(agent=name, policy_delay=3, **SMALL)  # type: ignore[arg-type]
+    agent = Agent(build_policy(config, 3, 2), TwinCritic(3, 2, hidden_dims=(8,)), config)
+
+    def weights(module: nn.Module) -> Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+    for index in range(7):
+        policy, critic = weights(agent.policy), weights(agent.critic)
+        metrics = agent.update(batch(8))
+        due = index % 3 == 0
+        assert torch.equal(weights(agent.policy), policy) != due
+        assert ("q_policy" in metrics) == due
+        assert not torch.equal(weights(agent.critic), critic)
 
 
 def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
@@ -472,7 +478,6 @@ def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
         ({"score_ratio_weight": -1.0}, "--score-ratio-weight: expected no negative number"),
         ({"score_ratio_weight": 0.0}, "--score-normalizer-draws: expected a positive number, or 0"),
         ({"score_depth": 0}, "--score-depth: expected a positive number"),
-        ({"alpha_steps": -1}, "--alpha-steps: expected no negative number"),
         ({"threads": 0}, "--threads: expected a positive number"),
         ({"num_envs": 0}, "--num-envs: expected a positive number"),
         ({"eval_every": 0}, "--eval-every: expected a positive number"),
@@ -480,7 +485,7 @@ def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
         ({"checkpoint_every": 0}, "--checkpoint-every: expected a positive number"),
         ({"learning_rate": 0.0}, "--learning-rate: expected a positive number"),
         ({"actor_learning_rate": 0.0}, "--actor-learning-rate: expected a positive number"),
-        ({"alpha_start": 0.0}, "--alpha-start: expected a positive factor"),
+        ({"policy_delay": 0}, "--policy-delay: expected a positive number"),
         ({"noise_dim": 0}, "--noise-dim: expected a positive number"),
         ({"score_draws": 1}, "--score-draws: expected 2 at least"),
     ],
