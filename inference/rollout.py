@@ -48,6 +48,8 @@ class Episode(NamedTuple):
     """Its number of steps."""
     last_obs: Tensor
     """Its last observation, ``[obs_dim]``."""
+    transitions: Batch | None = None
+    """Its steps, if they were kept."""
 
 
 def _check(env: gymnasium.Env[Any, Any], env_id: str) -> None:
@@ -233,22 +235,29 @@ def evaluate(
     :param Act act: the policy.
     :param int episodes: number of episodes, >= 1.
     :param int seed: seed of environments and policy.
-    :returns: as many of each environment; those that finish first would be the short ones.
+    :returns: as many of each environment, with their transitions; those that finish first would be
+        the short ones.
     """
     side_by_side = max(n for n in range(1, 11) if episodes % n == 0)
     counts = [episodes // side_by_side] * side_by_side
-    found = []
+    found, steps = [], []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         collector = Collector(make_envs(env_id, side_by_side), seed=seed, name=env_id)
         while any(counts):
-            collector.step(act(collector.obs.to(device)).cpu())
+            steps.append(collector.step(act(collector.obs.to(device)).cpu()))
             for episode in collector.take_finished():
                 if counts[episode.env]:
                     counts[episode.env] -= 1
-                    found.append(episode)
+                    found.append(episode._replace(transitions=_of_episode(steps, episode)))
         collector.envs.close()
     return found
+
+
+def _of_episode(steps: Sequence[Batch], episode: Episode) -> Batch:
+    """The transitions of an episode that has just ended."""
+    columns = zip(*steps[-episode.length :], strict=True)
+    return Batch(*(torch.stack([value[episode.env] for value in column]) for column in columns))
 
 
 def return_figures(noisy: Sequence[Episode], still: Sequence[Episode]) -> dict[str, float]:

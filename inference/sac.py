@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inference import sac_plots
+from inference.calibration import q_bias
 from inference.errors import UserError, user_errors
 from inference.replay import Replay
 from inference.rollout import (
@@ -51,7 +52,7 @@ COLUMNS = (
     *("step", "seconds", "updates", "steps_per_second", "train_return", "train_episodes"),
     *("eval_return", "eval_return_std", "eval_length", "eval_return_no_noise"),
     *("eval_return_no_noise_std", "goal_0", "goal_1", "goal_2", "goal_3"),
-    *("critic_loss", "q", "q_policy", "log_pi", "alpha", "max_z"),
+    *("critic_loss", "q", "q_policy", "q_bias", "log_pi", "alpha", "max_z"),
     *("score_loss", "stein", "stein_se", "log_z", "width"),
 )
 
@@ -132,8 +133,9 @@ class Training:
         if self.config.env == MULTI_GOAL:
             reached = [MultiGoal.reached(episode.last_obs.numpy()) for episode in noisy]
             row |= {f"goal_{i}": reached.count(i) / len(reached) for i in range(4)}
-        if len(self.replay):
-            with torch.random.fork_rng():
+        with torch.random.fork_rng():
+            row["q_bias"] = q_bias(self.agent, noisy)
+            if len(self.replay):
                 obs = self.replay.sample(self.config.batch_size).obs
                 row |= self.agent.policy.diagnostics(obs)
         return row

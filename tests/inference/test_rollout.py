@@ -129,6 +129,13 @@ def test_evaluation_counts_as_many_episodes_of_each_and_draws_from_its_own_seed(
     again = evaluate("test/Count-v0", act, episodes=20, seed=1)
     assert all(torch.equal(a.last_obs, b.last_obs) for a, b in zip(episodes, again, strict=True))
     assert len(evaluate("test/Count-v0", act, episodes=1, seed=1)) == 1
+    for one in episodes:
+        steps = one.transitions
+        assert steps is not None
+        assert len(steps.reward) == one.length
+        assert float(steps.reward.sum()) == pytest.approx(one.value)
+        assert torch.equal(steps.obs[1:], steps.next_obs[:-1])
+        assert torch.equal(steps.next_obs[-1], one.last_obs)
 
 
 @pytest.mark.parametrize(
