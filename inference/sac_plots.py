@@ -3,12 +3,13 @@
 
 """Figures of soft actor-critic: ``python -m inference.sac_plots RUN... --out FILE``.
 
-Draws the learning curves of run folders, one line for each environment and agent, with the range
-over its seeds.
+Draws the learning curves of run folders, or of a learning.csv of ``inference.bench learn``, one
+line for each environment and agent, with the range over its seeds.
 """
 
 from __future__ import annotations
 
+import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from inference.replay import Replay
 from inference.rollout import evaluate
 from inference.run import RunFolder, read_metrics
 from inference.sac_agent import Agent
-from inference.sac_presets import Config
+from inference.sac_presets import TASKS, Config
 from models.environments import MultiGoal
 
 __all__ = [
@@ -43,9 +44,11 @@ __all__ = [
 ]
 
 
-def learning_curves(
-    axes: Axes, runs: Mapping[str, Sequence[Mapping[str, list[float]]]], *, title: str
-) -> Axes:
+#: Columns of a metrics.csv.
+Metrics = dict[str, list[float]]
+
+
+def learning_curves(axes: Axes, runs: Mapping[str, Sequence[Metrics]], *, title: str) -> Axes:
     """Draws evaluation return against steps: the mean over seeds, and their range.
 
     :param Axes axes: where to draw.
@@ -56,7 +59,8 @@ def learning_curves(
         count = min(len(metrics["step"]) for metrics in seeds)
         steps = seeds[0]["step"][:count]
         values = np.array([metrics["eval_return"][:count] for metrics in seeds])
-        (line,) = axes.plot(steps, values.mean(0), label=f"{label} ({len(seeds)} seeds)")
+        number = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
+        (line,) = axes.plot(steps, values.mean(0), label=f"{label} ({number})")
         axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
     axes.set(title=title, xlabel="environment steps", ylabel="evaluation return")
     axes.legend(loc="upper left")
@@ -127,24 +131,12 @@ def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[P
 
 
 def multi_goal_paths(agent: Agent, config: Config, count: int = 40) -> list[Tensor]:
-    """Trajectories from the start, by following episodes, played side by side and in turn."""
-    seen: list[Tensor] = []
-
-    def act(obs: Tensor) -> Tensor:
-        seen.append(obs.cpu())
-        return agent.act(obs)
-
+    """Trajectories from the start."""
     episodes = evaluate(
-        config.env, act, episodes=count, seed=config.seed + 20_000, device=config.device
+        config.env, agent.act, episodes=count, seed=config.seed + 20_000, device=config.device
     )
-    paths: list[Tensor] = []
-    stacked, played = torch.stack(seen), defaultdict[int, int](int)
-    for one in episodes:
-        first = played[one.env]
-        played[one.env] += one.length
-        followed = stacked[first : first + one.length, one.env]
-        paths.append(torch.cat([followed, one.last_obs.unsqueeze(0)]))
-    return paths
+    steps = [episode.transitions for episode in episodes]
+    return [torch.cat([one.obs, one.next_obs[-1:]]) for one in steps if one is not None]
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
@@ -156,30 +148,50 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
 
 @dataclass(frozen=True)
 class Options:
-    """Learning curves of run folders."""
+    """Learning curves of run folders or tables."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Run folders; those of one environment and agent are its seeds."""
+    """Run folders, or a learning.csv; those of one environment and agent are its seeds."""
     out: Path = Path("learning.png")
     """The figure."""
 
 
+def _read(path: Path) -> list[tuple[str, str, Metrics]]:
+    """Environment, agent and metrics of a run, or of each one of a table."""
+    if path.suffix == ".csv":
+        return _read_table(path)
+    config, metrics = RunFolder.read_config(path), read_metrics(path)
+    if not (config.keys() >= {"env", "agent"} and metrics.get("eval_return")):
+        raise UserError(f"{path}: expected a run of inference.sac with an evaluation, found none")
+    return [(config["env"], config["agent"], metrics)]
+
+
+def _read_table(path: Path) -> list[tuple[str, str, Metrics]]:
+    envs = {task: env for env, task in TASKS.items()}
+    found: dict[tuple[str, str, str], Metrics] = defaultdict(lambda: defaultdict(list))
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                metrics = found[envs[row["task"]], row["agent"], row["seed"]]
+                for name in ("step", "eval_return"):
+                    metrics[name].append(float(row[name]))
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{path}: expected a learning.csv of inference.bench learn, found: {error!r}"
+        ) from None
+    return [(env, agent, metrics) for (env, agent, _), metrics in found.items()]
+
+
 def main() -> None:
-    """Draws the learning curves of run folders."""
+    """Draws the learning curves of run folders or tables."""
     options = tyro.cli(Options, prog="python -m inference.sac_plots", description=__doc__)
     with user_errors():
         if not options.runs:
             raise UserError("expected run folders, found none; give some, like runs/sac/*")
-        found: dict[str, dict[str, list[dict[str, list[float]]]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
+        found: dict[str, dict[str, list[Metrics]]] = defaultdict(lambda: defaultdict(list))
         for path in options.runs:
-            config, metrics = RunFolder.read_config(path), read_metrics(path)
-            if not (config.keys() >= {"env", "agent"} and metrics.get("eval_return")):
-                raise UserError(
-                    f"{path}: expected a run of inference.sac with an evaluation, found none"
-                )
-            found[config["env"]][config["agent"]].append(metrics)
+            for env, agent, metrics in _read(path):
+                found[env][agent].append(metrics)
         figure, axes = _figure(len(found))
         for one, (env, agents) in zip(axes, found.items(), strict=True):
             learning_curves(one, agents, title=env)

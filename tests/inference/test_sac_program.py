@@ -170,6 +170,7 @@ def test_errors_end_in_one_line(
         (("bandit", "--seconds", 0), "--seconds: expected a positive time"),
         (("sac_plots", tmp_path / "none"), "expected a run folder, found none"),
         (("sac_plots",), "expected run folders, found none"),
+        (("sac_plots", tmp_path / "none.csv"), "expected a learning.csv of inference.bench learn"),
         (("sac_plots", tmp_path / "other"), "expected a run of inference.sac with an evaluation"),
         (
             ("sac", "pendulum-sac", *SMALL, "--steps", 9, "--eval-every", 1000, "--resume", run),
@@ -236,6 +237,8 @@ def test_bench_learn_resumes(
     program("bench", "learn", *options, "--seeds", 1, "--agents", "sac")
     with (tmp_path / "learning.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 2 * len(rows)  # not that call's runs alone
+    program("sac_plots", tmp_path / "learning.csv", "--out", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
         program("bench", "learn", *options, "--eval-every", 2, "--seeds", 0)
     assert "expected a run with eval_every 2, found 4" in capsys.readouterr().err
