@@ -66,8 +66,9 @@ class Agent:
             # Collecting parameters takes a while; an update is a few milliseconds.
             self.critic_parameters = list(critic.parameters())
             self.target_parameters = list(self.target_critic.parameters())
-            self.critic_optimizer = torch.optim.Adam(self.critic_parameters, rate, fused=True)
-            self.alpha_optimizer = torch.optim.Adam([self.log_alpha], rate, fused=True)
+            # An optimizer of its own for the temperature would take a fiftieth of an update.
+            learning = [*self.critic_parameters, self.log_alpha]
+            self.critic_optimizer = torch.optim.Adam(learning, rate, fused=True)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One update of critics and temperature, and of score and policy if they are due; returns
@@ -78,13 +79,13 @@ class Agent:
         metrics = self.update_critic(batch)
         if due:
             metrics |= self.update_actor(batch.obs, proposal)
-        if self.config.auto_alpha:
-            self.update_alpha(metrics["log_pi"])
         self.updates += 1
         return metrics
 
     def update_critic(self, batch: Batch) -> dict[str, Tensor]:
-        """One step on both critics, and one of their targets."""
+        """One step on both critics, one of their targets, and one of the temperature on the mean of
+        log π, by its logarithm.
+        """
         config = self.config
         next_z, log_pi = self.policy.sample(batch.next_obs)
         mean = log_pi.mean()
@@ -99,6 +100,8 @@ class Agent:
         # The gradient of the loss by q is known.
         error = q.detach() - target
         q.backward(error / len(target))
+        if config.auto_alpha:
+            self.log_alpha.grad = -(mean + self.target_entropy)
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -147,12 +150,6 @@ class Agent:
         """Running mean of the magnitude of the values' gradient by a coordinate of z."""
         self.force.lerp_(gradient.abs().mean() * len(gradient), 0.02)
 
-    def update_alpha(self, log_pi: Tensor) -> None:
-        """One step of the temperature on the mean of log π, by its logarithm."""
-        self.log_alpha.grad = -(log_pi + self.target_entropy)
-        self.alpha_optimizer.step()
-        self.alpha_optimizer.zero_grad(set_to_none=True)
-
     def jacobian_clamp(self, obs: Tensor) -> Tensor | float:
         """The weighted penalty of Jacobian clamping; zero for a policy with a density."""
         config = self.config
@@ -180,7 +177,6 @@ class Agent:
             "target_critic": self.target_critic.state_dict(),
             "actor_optimizer": self.actor_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
-            "alpha_optimizer": self.alpha_optimizer.state_dict(),
             "log_alpha": self.log_alpha.detach().clone(),
             "entropy_mean": self.entropy_mean.clone(),
             "force": self.force.clone(),
@@ -191,7 +187,7 @@ class Agent:
         """Restores what :meth:`state_dict` returned."""
         for name in (
             *("policy", "critic", "target_critic"),
-            *("actor_optimizer", "critic_optimizer", "alpha_optimizer"),
+            *("actor_optimizer", "critic_optimizer"),
         ):
             getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():

@@ -333,8 +333,10 @@ def test_entropy_mean_is_subtracted() -> None:
 def test_temperature_moves_towards_the_target_entropy() -> None:
     for log_pi, rises in ((5.0, True), (-5.0, False)):
         agent, _ = linear_agent(Config(agent="sac-ardae", alpha=0.2, auto_alpha=True))
+        draws = torch.zeros(9, 2), torch.full((9,), log_pi)
+        agent.policy.sample = lambda obs, draws=draws: draws
         before = agent.alpha
-        agent.update_alpha(torch.tensor(log_pi))
+        agent.update_critic(batch(9))
         # More entropy (smaller log pi) than wanted, 2 nats below zero: the temperature falls.
         assert (agent.alpha > before) == rises
         assert agent.target_entropy == -2
