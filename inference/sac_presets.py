@@ -190,6 +190,7 @@ def _preset(env: str, agent: AgentName) -> Config:
             eval_episodes=200,
             buffer_size=100_000,
             hidden_dims=(128, 128),
+            policy_delay=1,
             actor_learning_rate=1e-3,
             auto_alpha=False,
             alpha=0.3,  # at 0.5 a Gaussian's first step is wide enough for all four goals
