@@ -7,8 +7,8 @@ What ``python -m inference.bench sac`` runs: on the shapes of HalfCheetah (17 ob
 actions, batch 256), with transitions of noise, all in one process and taking turns, so that a slow
 moment of the machine meets all of them. An update is drawing a batch, one step of each network that
 is due, and one of the targets; a turn is as many updates as it takes until all were due. The agents
-have the options of their HalfCheetah presets, and Stable-Baselines3 its defaults, which are the
-same sizes.
+have the options of their presets for a task, HalfCheetah by default, and Stable-Baselines3 its
+defaults, which are the same sizes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from inference.errors import UserError
 from inference.replay import Batch, Replay
 from inference.sac_agent import Agent
-from inference.sac_presets import PRESETS, AgentName, build_critic, build_policy
+from inference.sac_presets import PRESETS, TASKS, AgentName, build_critic, build_policy
 
 __all__ = ["Sac", "bench_sac", "report"]
 
@@ -39,6 +39,8 @@ OBS_DIM, ACTION_DIM, TRANSITIONS = 17, 6, 5000
 class Sac:
     """Times one soft actor-critic update of each agent and of Stable-Baselines3's."""
 
+    task: str = "halfcheetah"
+    """Task whose presets the agents have; the shapes are those of HalfCheetah for all."""
     updates: int = 200
     """Timed turns of each; a turn is --policy-delay updates."""
     warmup: int = 30
@@ -75,7 +77,7 @@ class _Job(NamedTuple):
 
 def _build(name: AgentName, options: Sac) -> _Job:
     config = dataclasses.replace(
-        PRESETS[f"halfcheetah-{name}"][1],
+        PRESETS[f"{options.task}-{name}"][1],
         batch_size=options.batch_size,
         precision=options.precision,
     )
@@ -121,6 +123,9 @@ def _build_sb3(options: Sac) -> _Job:
 
 def bench_sac(options: Sac) -> dict[str, Any]:
     """Runs the benchmark; returns its figures: median milliseconds of an update, and ratios."""
+    if options.task not in TASKS.values():
+        known = ", ".join(TASKS.values())
+        raise UserError(f"--task: expected one of {known}, found {options.task}")
     torch.manual_seed(options.seed)
     jobs = {"sb3": _build_sb3(options)}
     jobs |= {name: _build(name, options) for name in get_args(AgentName)}
@@ -139,6 +144,7 @@ def bench_sac(options: Sac) -> dict[str, Any]:
         "ratio_to_sb3": {
             name: value / median["sb3"] for name, value in median.items() if name != "sb3"
         },
+        "task": options.task,
         "updates": options.updates,
         "batch_size": options.batch_size,
         "clock": options.clock,

@@ -177,6 +177,7 @@ def test_errors_end_in_one_line(
             "--steps: expected 2, where this run has ended between two checkpoints, found 9",
         ),
         (("bench", "learn", "--tasks", "chess"), "--tasks: expected some of pendulum"),
+        (("bench", "sac", "--task", "chess"), "--task: expected one of pendulum"),
     ]
     capsys.readouterr()
     for arguments, message in table:
@@ -244,9 +245,13 @@ def test_bench_learn_resumes(
     assert "expected a run with eval_every 2, found 4" in capsys.readouterr().err
 
 
-def test_bench_sac(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("task", ["halfcheetah", "hopper"])
+def test_bench_sac(
+    task: str, program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "bench.json"
-    program("bench", "sac", "--updates", 2, "--warmup", 1, "--batch-size", 8, "--json", path)
+    small = ("--updates", 2, "--warmup", 1, "--batch-size", 8)
+    program("bench", "sac", "--task", task, *small, "--json", path)
     figures = json.loads(path.read_text())
     assert figures["ms"].keys() == {"sb3", *AGENTS}
     assert figures["ratio_to_sb3"].keys() == {*AGENTS}
