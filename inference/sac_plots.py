@@ -48,20 +48,25 @@ __all__ = [
 Metrics = dict[str, list[float]]
 
 
-def learning_curves(axes: Axes, runs: Mapping[str, Sequence[Metrics]], *, title: str) -> Axes:
+def learning_curves(
+    axes: Axes, runs: Mapping[str, Sequence[Metrics]], *, title: str, order: Sequence[str] = ()
+) -> Axes:
     """Draws evaluation return against steps: the mean over seeds, and their range.
 
     :param Axes axes: where to draw.
     :param runs: by label the metrics of each seed, see :func:`inference.run.read_metrics`.
     :param str title: title.
+    :param order: labels by which colours are given, for one agent's to be the same in all axes.
     """
+    order = [*dict.fromkeys([*order, *runs])]
     for label, seeds in runs.items():
         count = min(len(metrics["step"]) for metrics in seeds)
         steps = seeds[0]["step"][:count]
         values = np.array([metrics["eval_return"][:count] for metrics in seeds])
         number = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
-        (line,) = axes.plot(steps, values.mean(0), label=f"{label} ({number})")
-        axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
+        color = f"C{order.index(label)}"
+        axes.plot(steps, values.mean(0), label=f"{label} ({number})", color=color)
+        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2)
     axes.set(title=title, xlabel="environment steps", ylabel="evaluation return")
     axes.legend(loc="upper left")
     return axes
@@ -193,8 +198,9 @@ def main() -> None:
             for env, agent, metrics in _read(path):
                 found[env][agent].append(metrics)
         figure, axes = _figure(len(found))
+        order = [agent for agents in found.values() for agent in agents]
         for one, (env, agents) in zip(axes, found.items(), strict=True):
-            learning_curves(one, agents, title=env)
+            learning_curves(one, agents, title=env, order=order)
         print(plots.save(figure, options.out))
 
 
