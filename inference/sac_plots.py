@@ -180,6 +180,8 @@ def _read_table(path: Path) -> list[tuple[str, str, Metrics]]:
                 metrics = found[envs[row["task"]], row["agent"], row["seed"]]
                 for name in ("step", "eval_return"):
                     metrics[name].append(float(row[name]))
+        if not found:
+            raise ValueError("no rows")
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
             f"{path}: expected a learning.csv of inference.bench learn, found: {error!r}"

@@ -171,6 +171,7 @@ def test_errors_end_in_one_line(
         (("sac_plots", tmp_path / "none"), "expected a run folder, found none"),
         (("sac_plots",), "expected run folders, found none"),
         (("sac_plots", tmp_path / "none.csv"), "expected a learning.csv of inference.bench learn"),
+        (("sac_plots", tmp_path / "other" / "metrics.csv"), "found: ValueError('no rows')"),
         (("sac_plots", tmp_path / "other"), "expected a run of inference.sac with an evaluation"),
         (
             ("sac", "pendulum-sac", *SMALL, "--steps", 9, "--eval-every", 1000, "--resume", run),
