@@ -278,10 +278,11 @@ class ImplicitActor(nn.Module):
         self.of_noise = nn.Linear(noise_dim + bits, self.seen_dim, bias=False)
         self.net = MLP((*noise_hidden_dims, 2 * action_dim), activation=nn.ReLU)
         with torch.no_grad():
-            _, scale, logits, _ = self.trunk.output_bias.split(self._widths, -1)
+            weight, bias = self.trunk.layers[-2:]
+            _, scale, logits, _ = bias.split(self._widths, -1)
             scale.fill_(math.log(spread))
             logits.zero_()
-            self.trunk.output_weight.split(self._widths, -1)[2].zero_()
+            weight.split(self._widths, -1)[2].zero_()
             self.side.weight.zero_()
             loc, scale = self.side.bias.view(2, action_dim)
             loc.zero_()

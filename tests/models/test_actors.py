@@ -95,7 +95,7 @@ def test_implicit_actor_by_hand() -> None:
         part_bits=2,
     )
     with torch.no_grad():
-        actor.trunk.output_weight.normal_(std=0.3)
+        actor.trunk.layers[-2].normal_(std=0.3)
         actor.side.weight.normal_(std=0.1)
     obs, noise = torch.randn(5, 3), torch.randn(6, 5, 6)
     head = actor.trunk(obs)[0]
@@ -133,19 +133,19 @@ def test_logits_return_from_beyond_their_bound() -> None:
     actor = ImplicitActor(3, 1, part_bits=1)
     for logit, direction, moves in ((9.0, 1, False), (9.0, -1, True), (1.0, 1, True)):
         with torch.no_grad():
-            actor.trunk.output_bias[..., 2] = logit
+            actor.trunk.layers[-1][..., 2] = logit
         actor.zero_grad()
         (-direction * actor.encode(torch.randn(4, 3)).log_weights[:, 0].sum()).backward()
-        gradient = actor.trunk.output_bias.grad
-        assert gradient is not None
-        assert bool(gradient[..., 2] * direction < 0) == moves
+        assert actor.trunk.flat.grad is not None
+        of_logit = actor.trunk.flat.grad[-actor.trunk.layers[-1].shape[-1] :][2]
+        assert bool(of_logit * direction < 0) == moves
 
 
 def test_parts_have_their_probability(standard_errors: Callable[[int], float]) -> None:
     actor = ImplicitActor(3, 3, part_bits=3)
     with torch.no_grad():
         logits = torch.tensor([1.0, -2.0, 0.3, 0.8, -1.0, 2.0, 0.0, 0.5])
-        actor.trunk.output_bias[..., 6:14] = logits
+        actor.trunk.layers[-1][..., 6:14] = logits
     obs, count = torch.randn(1, 3), 20_000
     encoded = actor.encode(obs)
     exact = logits.softmax(-1)
@@ -205,13 +205,14 @@ def test_twin_critics_are_two() -> None:
     q: Tensor = critic(obs, action)
     assert q.shape == (2, 5)
     assert not torch.allclose(q[0], q[1])
-    layers = list(critic.stack.layers)
     # A step on the sum of their losses is, for each, the step on its own.
-    together = torch.autograd.grad(q.square().sum(), layers)
-    for net in range(2):
-        alone = torch.autograd.grad(critic(obs, action)[net].square().sum(), layers)
-        for one, other in zip(together, alone, strict=True):
-            assert torch.allclose(one[net], other[net], atol=1e-10)
+    (together,) = torch.autograd.grad(q.square().sum(), [critic.stack.flat])
+    apart = [
+        torch.autograd.grad(critic(obs, action)[net].square().sum(), [critic.stack.flat])[0]
+        for net in range(2)
+    ]
+    assert torch.allclose(together, apart[0] + apart[1], atol=1e-10)
+    assert not (apart[0] * apart[1]).any()
 
 
 @pytest.mark.usefixtures("float64")

@@ -11,7 +11,7 @@ from models.stack import ReLUStack
 
 
 def _by_hand(stack: ReLUStack, inputs: Tensor) -> Tensor:
-    layers = list(stack.layers)
+    layers = stack.layers
     h = inputs.expand(len(layers[0]), *inputs.shape)
     for weight, bias in zip(layers[:-2:2], layers[1:-2:2], strict=True):
         h = torch.relu(h @ weight + bias)
@@ -27,7 +27,7 @@ def test_values_and_gradients_are_those_of_autograd(copies: int, sizes: tuple[in
     found, expected = stack(inputs), _by_hand(stack, inputs)
     assert found.shape == (copies, 5, sizes[-1])
     assert torch.allclose(found, expected, atol=1e-12)
-    wanted = [inputs, *stack.layers]
+    wanted = [inputs, stack.flat]
     weight = torch.randn_like(found)
     ours = torch.autograd.grad((found * weight).sum(), wanted)
     for one, other in zip(
@@ -46,7 +46,7 @@ def test_lower_precision_rounds_and_keeps_dtypes() -> None:
     torch.manual_seed(0)
     stack = ReLUStack(2, (5, 64, 64, 64, 3))
     inputs = torch.randn(200, 5).requires_grad_()
-    wanted = [inputs, *stack.layers]
+    wanted = [inputs, stack.flat]
     results = []
     for dtype in (None, torch.bfloat16):
         stack.compute_dtype = dtype
@@ -63,8 +63,9 @@ def test_first_weights_are_those_of_linear() -> None:
     stack = ReLUStack(2, (16, 400, 1))
     assert stack.layers[0].abs().max() <= 0.25
     assert float(stack.layers[0].detach().std()) == pytest.approx(0.25 / 3**0.5, rel=0.05)
-    assert stack.output_weight.shape == (2, 400, 1)
-    assert stack.output_bias.shape == (2, 1, 1)
+    shapes = [(2, 16, 400), (2, 1, 400), (2, 400, 1), (2, 1, 1)]
+    assert [layer.shape for layer in stack.layers] == shapes
+    assert stack.flat.numel() == sum(layer.numel() for layer in stack.layers)
 
 
 def test_no_hidden_layer() -> None:
