@@ -65,6 +65,19 @@ class Frame(NamedTuple):
         return torch.cat([self.mean, self.scale.log()], -1).squeeze(-3)
 
 
+class _Identity(Frame):
+    """The frame of z itself: its products and determinants would take longer than a query's."""
+
+    def whiten(self, z: Tensor) -> Tensor:
+        return z
+
+    def pull_back(self, score: Tensor) -> Tensor:
+        return score
+
+    def log_abs_det(self) -> Tensor:
+        return self.mean.new_zeros(())
+
+
 class Whitening(nn.Module):
     r"""Estimate frames from samples, and keep what is pooled over contexts and updates.
 
@@ -140,10 +153,9 @@ class Whitening(nn.Module):
             if self.pools == 0:
                 self.pool(folds, context)
             return self._pooled_frame((count, 1, rows))
-        rest = n * (count - 1)
         if self.mode == "none":
-            zero = folds.new_zeros(count, 1, rows, self.dim)
-            return Frame(zero, torch.ones_like(zero), self.unmix, _GAUSSIAN)
+            return self._identity((count, 1, rows))
+        rest = n * (count - 1)
         center = folds.mean((0, 1))
         centered = folds - center
         first = centered.sum(1, keepdim=True)
@@ -165,6 +177,8 @@ class Whitening(nn.Module):
         count, rows, _ = samples.shape
         if self._from_pool:
             return self._pooled_frame((1, rows))
+        if self.mode == "none":
+            return self._identity((1, rows))
         mean = samples.mean(0, keepdim=True)
         centered = samples - mean
         # One rule in training and query: a query has more draws than a fold in training.
@@ -240,9 +254,12 @@ class Whitening(nn.Module):
         scale = self.pooled_cov.diagonal().clamp_min(1e-30).sqrt()
         return Frame(self.pooled_mean.expand(shape), scale.expand(shape), self.unmix, _GAUSSIAN)
 
+    def _identity(self, batch: tuple[int, ...]) -> Frame:
+        shape = (*batch, self.dim)
+        zero, one = self.unmix.new_zeros(()), self.unmix.new_ones(())
+        return _Identity(zero.expand(shape), one.expand(shape), self.unmix, _GAUSSIAN)
+
     def _scaled_frame(self, mean: Tensor, variance: Tensor, draws: int, context: Tensor) -> Frame:
-        if self.mode == "none":
-            return Frame(torch.zeros_like(mean), torch.ones_like(mean), self.unmix, _GAUSSIAN)
         # A context far thinner than the others would turn rounding errors into outliers.
         floor = 1e-6 * variance.mean(-2, keepdim=True) + 1e-20
         scale, effective = variance.maximum(floor).sqrt(), float(draws)

@@ -237,6 +237,14 @@ def test_spectral_bound_is_above_the_norm_and_near_it(float64: None) -> None:
     assert float(spectral_bound(torch.zeros(3, 4))) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)])
+def test_gradient_of_the_spectral_bound(float64: None, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, requires_grad=True)
+    assert torch.autograd.gradcheck(spectral_bound, (weight,))
+    schatten = torch.linalg.svdvals(weight).pow(16).sum() ** (1 / 16)
+    assert float(spectral_bound(weight)) == pytest.approx(float(schatten), rel=1e-12)
+
+
 def deviating(*, noise_dim: int, by: float) -> DeviatingGuide:
     base = FullCovarianceGuide(FEATURES, LATENT)
     head = DeviatingGuide(base, FEATURES, LATENT, noise_dim=noise_dim, hidden_dims=(8, 8))
