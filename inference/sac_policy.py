@@ -62,7 +62,10 @@ class ExplicitPolicy(nn.Module):
         super().__init__()
         self.actor = actor
 
-    def fit(self, obs: Tensor) -> None:
+    def propose(self, obs: Tensor) -> None:
+        """Nothing is needed besides the states."""
+
+    def fit(self, obs: Tensor, proposal: None) -> None:
         """Nothing is to be estimated."""
 
     def rsample(self, obs: Tensor, proposal: None = None) -> Draw:
@@ -82,14 +85,16 @@ class ExplicitPolicy(nn.Module):
 
 
 class Proposal(NamedTuple):
-    """What :meth:`ImplicitPolicy.fit` has learned by: valid until the actor's next step."""
+    """States, parts and draws that the estimates learn by and the actor's next step needs; valid
+    until then.
+    """
 
     encoded: Encoded
     """The states as the actor sees them, differentiable."""
     part: Tensor
     """``[1, B]``."""
     draws: Tensor
-    """``[num_draws, B, D]``."""
+    """Of y, ``[num_draws, B, D]``."""
     mean: Tensor
     """Estimated mean of y ``[B, D]``, ..."""
     variance: Tensor
@@ -173,52 +178,64 @@ class ImplicitPolicy(nn.Module):
             self._optimizer = torch.optim.Adam(parameters, self.learning_rate, fused=True)
         return self._optimizer
 
-    def fit(self, obs: Tensor) -> Proposal:
-        """Updates both estimates by fresh draws, which it returns.
-
-        :param obs: ``[B, obs_dim]``.
-        """
+    def propose(self, obs: Tensor) -> Proposal:
+        """Parts and fresh draws in the states ``obs [B, obs_dim]``."""
         encoded = self.actor.encode(obs)
         with torch.no_grad():
-            even = round(self.even_share * len(obs))
-            part = self.actor.choose(encoded)
+            part, even = self.actor.choose(encoded), self._even(obs)
             part[:, :even] = self._any(part[:, :even])
             # The first half of the draws are independent of each other.
             count = max(self.num_draws, self.MOMENT_DRAWS // 2)
             noise = self.actor.noise(obs, count)
             several = self.actor.deviate(encoded, part, torch.cat([noise, -noise]))
-            draws = several[: self.num_draws]
             variance, mean = torch.var_mean(several, 0, correction=0)
+        return Proposal(encoded, part, several[: self.num_draws], mean, variance)
+
+    def fit(self, obs: Tensor, proposal: Proposal) -> None:
+        """Updates both estimates.
+
+        :param obs: ``[B, obs_dim]``.
+        :param proposal: what :meth:`propose` returned for it.
+        """
+        encoded, part, draws, _, _ = proposal
+        self.score_loss = self.estimator.update(draws, self._context(obs, part))
+        with torch.no_grad():
             loc, log_scale = self.actor.place(encoded, part)
             u = loc + log_scale.exp() * draws
-        self.score_loss = self.estimator.update(draws, self._context(obs, part))
-        told = _of(self.parts(encoded, u, even=even), part.expand(u.shape[:-1]))
+        told = _of(self.parts(encoded, u, even=self._even(obs)), part.expand(u.shape[:-1]))
         told.mean().neg().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Proposal(encoded, part, draws, mean, variance)
+
+    def _even(self, obs: Tensor) -> int:
+        """In how many states, the first ones, the parts are drawn evenly."""
+        return round(self.even_share * len(obs))
 
     def rsample(self, obs: Tensor, proposal: Proposal) -> Draw:
         """A differentiable draw.
 
         :param obs: ``[B, obs_dim]``.
-        :param proposal: what :meth:`fit` returned for it.
+        :param proposal: what :meth:`propose` returned for it.
         """
-        encoded, part, draws, mean, variance = proposal
+        encoded, part, _, mean, variance = proposal
+        count = len(obs)
+        # A draw and its alternative go the same way, together.
+        obs, part = torch.cat([obs, obs]), torch.cat([part, self._any(part)], -1)
+        encoded = Encoded(*(torch.cat([value, value]) for value in encoded))
         y = self.actor.deviate(encoded, part, self.actor.noise(obs))
         still = y.detach()
-        score, value = self.estimator.score_and_log_prob(still, draws, self._context(obs, part))
+        score, value = self.estimator.score_and_log_prob(still, still, self._context(obs, part))
         u, z, log_slope = self._compose(encoded, part, y)
         log_weight = _of(encoded.log_weights, part)[0]
         log_told, of_u = self._tell(encoded, u, part)
         of_z = of_u / encoded.log_scale.detach().exp()
         log_pi = value[0] + log_weight.detach() - log_told[0] - log_slope
         log_pi = log_pi + (score * (y - still))[0].sum(-1) - (of_z[0] * (z - z.detach())).sum(-1)
+        log_odds = log_weight[:count] - log_weight[count:]
+        other = Alternative(z[count:].detach(), log_pi[count:].detach(), log_odds)
+        y, z, log_pi = y[:, :count], z[:count], log_pi[:count]
         penalty = _excess(z, self.bound) + _excess(y, self.BOUND_Y)
-        penalty = penalty + self._unit(y[0], mean, variance)
-        other = self._any(part)
-        log_odds = log_weight - _of(encoded.log_weights, other)[0]
-        return Draw(z, log_pi, penalty, Alternative(*self._sample(obs, encoded, other), log_odds))
+        return Draw(z, log_pi, penalty + self._unit(y[0], mean, variance), other)
 
     def _any(self, part: Tensor) -> Tensor:
         """Parts drawn evenly, as many."""
@@ -255,15 +272,11 @@ class ImplicitPolicy(nn.Module):
         off, mean = off.mean(0).lerp(off, self.OWN) / typical, mean / typical
         return self.GAUGE * (0.5 * off * (y - mean).square() + mean * y).sum(-1).mean()
 
+    @torch.no_grad()
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """A draw z ``[B, D]`` and an estimate of log π of its action ``[B]``."""
-        with torch.no_grad():
-            encoded = self.actor.encode(obs)
-            return self._sample(obs, encoded, self.actor.choose(encoded))
-
-    @torch.no_grad()
-    def _sample(self, obs: Tensor, encoded: Encoded, part: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`sample`, in encoded states, of given parts."""
+        encoded = self.actor.encode(obs)
+        part = self.actor.choose(encoded)
         y = self.actor.deviate(encoded, part, self.actor.noise(obs))
         u, z, log_slope = self._compose(encoded, part, y)
         value = self.estimator.log_prob(y, y, self._context(obs, part))
