@@ -113,7 +113,7 @@ def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) ->
         if isinstance(policy, ImplicitPolicy):
             policy.estimator.learning_rate = score_rate * max(0.1, decay)
             policy.optimizer.param_groups[0]["lr"] = policy.learning_rate * max(0.1, decay)
-        agent.update_actor(states, agent.propose(states, agent.updates))
+        agent.update_actor(states, policy.fit(states))
         agent.updates += 1
 
 

@@ -42,7 +42,7 @@ class Sac:
     task: str = "halfcheetah"
     """Task whose presets the agents have; the shapes are those of HalfCheetah for all."""
     updates: int = 200
-    """Timed turns of each; a turn is as many updates as it takes until all networks were due."""
+    """Timed turns of each; a turn is --policy-delay updates."""
     warmup: int = 30
     """Turns of each before the clock runs."""
     clock: Literal["wall", "cpu"] = "wall"
@@ -85,8 +85,7 @@ def _build(name: AgentName, options: Sac) -> _Job:
     agent = Agent(build_policy(*shape), build_critic(*shape), config)
     replay = Replay(TRANSITIONS, OBS_DIM, ACTION_DIM)
     replay.add(_transitions(TRANSITIONS))
-    turn = config.policy_delay * config.score_every if name == "sac-ardae" else config.policy_delay
-    return _Job(lambda: agent.update(replay.sample(options.batch_size)), turn)
+    return _Job(lambda: agent.update(replay.sample(options.batch_size)), config.policy_delay)
 
 
 def _build_sb3(options: Sac) -> _Job:

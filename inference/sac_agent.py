@@ -71,28 +71,16 @@ class Agent:
             self.critic_optimizer = torch.optim.Adam(learning, rate, fused=True)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of critics and temperature, and of policy and score if they are due; returns
+        """One update of critics and temperature, and of score and policy if they are due; returns
         scalars, detached.
         """
-        steps, wait = divmod(self.updates, self.config.policy_delay)
-        proposal = None if wait else self.propose(batch.obs, steps)
+        due = self.updates % self.config.policy_delay == 0
+        proposal = self.policy.fit(batch.obs) if due else None
         metrics = self.update_critic(batch)
-        if not wait:
+        if due:
             metrics |= self.update_actor(batch.obs, proposal)
         self.updates += 1
         return metrics
-
-    def propose(self, obs: Tensor, steps: int) -> Proposal | None:
-        """What the policy's step needs besides the states, with an update of the score if it is
-        due.
-
-        :param obs: ``[B, obs_dim]``.
-        :param steps: steps of the policy before.
-        """
-        proposal = self.policy.propose(obs)
-        if steps % self.config.score_every == 0:
-            self.policy.fit(obs, proposal)
-        return proposal
 
     def update_critic(self, batch: Batch) -> dict[str, Tensor]:
         """One step on both critics, one of their targets, and one of the temperature on the mean of
@@ -125,7 +113,7 @@ class Agent:
         """One step of the actor.
 
         :param obs: ``[B, obs_dim]``.
-        :param proposal: what :meth:`propose` returned for it.
+        :param proposal: what ``policy.fit(obs)`` returned.
         """
         z, log_pi, penalty, other = self.policy.rsample(obs, proposal)
         valued = z

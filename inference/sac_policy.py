@@ -62,10 +62,7 @@ class ExplicitPolicy(nn.Module):
         super().__init__()
         self.actor = actor
 
-    def propose(self, obs: Tensor) -> None:
-        """Nothing is needed besides the states."""
-
-    def fit(self, obs: Tensor, proposal: None) -> None:
+    def fit(self, obs: Tensor) -> None:
         """Nothing is to be estimated."""
 
     def rsample(self, obs: Tensor, proposal: None = None) -> Draw:
@@ -85,16 +82,12 @@ class ExplicitPolicy(nn.Module):
 
 
 class Proposal(NamedTuple):
-    """States, parts and draws that the estimates learn by and the actor's next step needs; valid
-    until then.
-    """
+    """What :meth:`ImplicitPolicy.fit` has learned by: valid until the actor's next step."""
 
     encoded: Encoded
     """The states as the actor sees them, differentiable."""
     part: Tensor
     """``[1, B]``."""
-    draws: Tensor
-    """Of y, ``[num_draws, B, D]``."""
     mean: Tensor
     """Estimated mean of y ``[B, D]``, ..."""
     variance: Tensor
@@ -178,46 +171,38 @@ class ImplicitPolicy(nn.Module):
             self._optimizer = torch.optim.Adam(parameters, self.learning_rate, fused=True)
         return self._optimizer
 
-    def propose(self, obs: Tensor) -> Proposal:
-        """Parts and fresh draws in the states ``obs [B, obs_dim]``."""
+    def fit(self, obs: Tensor) -> Proposal:
+        """Updates both estimates by fresh draws, and returns what the actor's step needs of them.
+
+        :param obs: ``[B, obs_dim]``.
+        """
         encoded = self.actor.encode(obs)
         with torch.no_grad():
-            part, even = self.actor.choose(encoded), self._even(obs)
+            even = round(self.even_share * len(obs))
+            part = self.actor.choose(encoded)
             part[:, :even] = self._any(part[:, :even])
             # The first half of the draws are independent of each other.
             count = max(self.num_draws, self.MOMENT_DRAWS // 2)
             noise = self.actor.noise(obs, count)
             several = self.actor.deviate(encoded, part, torch.cat([noise, -noise]))
+            draws = several[: self.num_draws]
             variance, mean = torch.var_mean(several, 0, correction=0)
-        return Proposal(encoded, part, several[: self.num_draws], mean, variance)
-
-    def fit(self, obs: Tensor, proposal: Proposal) -> None:
-        """Updates both estimates.
-
-        :param obs: ``[B, obs_dim]``.
-        :param proposal: what :meth:`propose` returned for it.
-        """
-        encoded, part, draws, _, _ = proposal
-        self.score_loss = self.estimator.update(draws, self._context(obs, part))
-        with torch.no_grad():
             loc, log_scale = self.actor.place(encoded, part)
             u = loc + log_scale.exp() * draws
-        told = _of(self.parts(encoded, u, even=self._even(obs)), part.expand(u.shape[:-1]))
+        self.score_loss = self.estimator.update(draws, self._context(obs, part))
+        told = _of(self.parts(encoded, u, even=even), part.expand(u.shape[:-1]))
         told.mean().neg().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _even(self, obs: Tensor) -> int:
-        """In how many states, the first ones, the parts are drawn evenly."""
-        return round(self.even_share * len(obs))
+        return Proposal(encoded, part, mean, variance)
 
     def rsample(self, obs: Tensor, proposal: Proposal) -> Draw:
         """A differentiable draw.
 
         :param obs: ``[B, obs_dim]``.
-        :param proposal: what :meth:`propose` returned for it.
+        :param proposal: what :meth:`fit` returned for it.
         """
-        encoded, part, _, mean, variance = proposal
+        encoded, part, mean, variance = proposal
         count = len(obs)
         # A draw and its alternative go the same way, together.
         obs, part = torch.cat([obs, obs]), torch.cat([part, self._any(part)], -1)
