@@ -22,7 +22,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium
 import torch
@@ -42,6 +42,9 @@ COLUMNS = (
 )
 
 Learner = Literal["sac", "sac-ardae", "sac-nf", "sb3"]
+
+#: Options of which the figures do not depend.
+_MAY_DIFFER = ("device", "threads", "out", "resume", "record_video")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def bench_learn(options: Learn) -> Path:
                 config = _config(options, task, agent, seed, path)
                 if not (path / "results.json").exists():
                     _learn_sb3(config, path) if agent == "sb3" else _learn(config, path)
-                _same(path, config)
+                # The table would show a run of other options beside the others.
+                RunFolder.require(path, _options(config, agent), may_differ=_MAY_DIFFER)
                 runs[task, agent, seed] = path
                 _write(options.out)
     print(table(runs))
@@ -92,15 +96,8 @@ def _config(options: Learn, task: str, agent: Learner, seed: int, path: Path) ->
     return config
 
 
-def _same(path: Path, config: Config) -> None:
-    """Refuses a run of other options, which the table would show beside the others."""
-    recorded = RunFolder.read_config(path)
-    for name in ("steps", "eval_every"):
-        if recorded[name] != getattr(config, name):
-            raise UserError(
-                f"{path}: expected a run with {name} {getattr(config, name)}, found "
-                f"{recorded[name]}; give another --out"
-            )
+def _options(config: Config, agent: Learner) -> dict[str, Any]:
+    return dataclasses.asdict(config) | {"agent": agent}
 
 
 def _learn(config: Config, path: Path) -> None:
@@ -123,7 +120,7 @@ def _learn_sb3(config: Config, path: Path) -> None:
         ) from None
     if path.exists():
         shutil.rmtree(path)
-    folder = RunFolder.create(path, dataclasses.asdict(config) | {"agent": "sb3"}, COLUMNS)
+    folder = RunFolder.create(path, _options(config, "sb3"), COLUMNS)
     model = SAC(
         "MlpPolicy",
         wrap(gymnasium.make(config.env)),

@@ -115,6 +115,21 @@ class RunFolder:
         :param Sequence[str] may_differ: options that need not be those of the run.
         :raises UserError: if there is no run, or its options differ.
         """
+        cls.require(path, config, may_differ=may_differ)
+        folder = cls(path, columns)
+        try:
+            folder._note_command()
+        except OSError as error:
+            raise UserError(f"{path}: expected a writable folder, found: {error}") from None
+        return folder
+
+    @classmethod
+    def require(cls, path: Path, config: Mapping[str, Any], *, may_differ: Sequence[str]) -> None:
+        """Refuses a folder whose run has other options.
+
+        :param Sequence[str] may_differ: options that need not be those of the run.
+        :raises UserError: if there is no run, or its options differ.
+        """
         recorded = cls.read_config(path)
         wanted = json.loads(json.dumps(config, default=str))
         differing = [
@@ -123,16 +138,7 @@ class RunFolder:
             if recorded.get(key) != wanted.get(key)
         ]
         if differing:
-            raise UserError(
-                f"{path}: expected the options of the run that is resumed, found: "
-                + "; ".join(differing)
-            )
-        folder = cls(path, columns)
-        try:
-            folder._note_command()
-        except OSError as error:
-            raise UserError(f"{path}: expected a writable folder, found: {error}") from None
-        return folder
+            raise UserError(f"{path}: expected the run's options, found: " + "; ".join(differing))
 
     @staticmethod
     def read_config(path: Path) -> dict[str, Any]:

@@ -243,7 +243,12 @@ def test_bench_learn_resumes(
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
         program("bench", "learn", *options, "--eval-every", 2, "--seeds", 0)
-    assert "expected a run with eval_every 2, found 4" in capsys.readouterr().err
+    assert "expected the run's options, found: eval_every is 4 in the" in capsys.readouterr().err
+    another = dataclasses.replace(presets["multigoal-sac"][1], tau=0.1)
+    monkeypatch.setitem(presets, "multigoal-sac", ("", another))
+    with pytest.raises(SystemExit):
+        program("bench", "learn", *options, "--seeds", 0)
+    assert "tau is 0.005 in the run, 0.1 here" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("task", ["halfcheetah", "hopper"])
