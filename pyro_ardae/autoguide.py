@@ -24,7 +24,13 @@ from pyro_ardae.build import Networks, add_parts
 from pyro_ardae.encoders import Encoder, Encoders
 from pyro_ardae.layout import Group, find_groups, point_mass
 from pyro_ardae.prototype import check_structure, unconstrain
-from pyro_ardae.quantiles import checked_levels, fixed_noise, num_draws, quantiles_of
+from pyro_ardae.quantiles import (
+    checked_levels,
+    decreases,
+    fixed_noise,
+    num_draws,
+    quantiles_of,
+)
 
 __all__ = ["AutoImplicit"]
 
@@ -148,7 +154,7 @@ class AutoImplicit(AutoGuide):
 
     def _build(self, *args: Any, **kwargs: Any) -> None:
         explicit, self._nesting = check_structure(
-            self.prototype_trace, self._plain[0], *args, **kwargs
+            self.prototype_trace, self._plain[0], self.model, *args, **kwargs
         )
         created = self._created_plates(*args, **kwargs)
         self._groups = find_groups(
@@ -326,8 +332,9 @@ class AutoImplicit(AutoGuide):
 
         As in Pyro's automatic guides they are those of the coordinates on the reals, mapped to the
         support. For supports that are transformed coordinate by coordinate, they are the quantiles
-        of the latent. The noise is the same in every call, and comes in pairs
-        :math:`\pm \epsilon`. The standard error at p is
+        of the latent, also where the transform decreases (Pyro's are in reverse there). The noise
+        is the same in every call, and comes in pairs :math:`\pm \epsilon`. The standard error at
+        p is
         :math:`\sqrt{p (1 - p) / S} / q(z_p)`: with 8192 draws of a Gaussian, 0.014 standard
         deviations for the median and 0.023 at p = 0.05.
 
@@ -342,10 +349,12 @@ class AutoImplicit(AutoGuide):
         total = sum(group.dim * torch.Size(group.full_rows).numel() for group in self._groups)
         count = num_draws(self.num_quantile_draws, total)
         draws = self._draw(count, fixed_noise(), args, kwargs)
-        return {
-            name: biject_to(site["fn"].support)(quantiles_of(draws[name], levels))
-            for name, site in self._latents()
-        }
+        result = {}
+        for name, site in self._latents():
+            transform = biject_to(site["fn"].support)
+            at = 1 - levels if decreases(transform) else levels
+            result[name] = transform(quantiles_of(draws[name], at))
+        return result
 
     # ---- what cannot be right ----------------------------------------------------------------
 

@@ -127,7 +127,8 @@ def elbo_estimate(
     :param int num_updates: updates by which the energy networks learn the guide as it is, >= 0.
     :param loss: the loss object of the training, an ELBO of this package. It names the kind of ELBO
         (``TraceImplicitEnum_ELBO`` for enumerated sites), and if its estimators have a density
-        (``ARDAE(…, parametrization="energy")``) they are where the networks start.
+        (``ARDAE(…, parametrization="energy")``) they are where the networks start, and learn from
+        as many draws as in training.
     :param bool vectorize: take the draws in one more plate; set ``False`` where model or guide do
         not broadcast.
     :returns: the estimate and its standard error.
@@ -145,9 +146,12 @@ def elbo_estimate(
         kind = _DensityEnumELBO
     elif isinstance(loss, TraceImplicitMeanField_ELBO):
         kind = _DensityMeanFieldELBO
+    if loss is not None:
+        loss._restore(guide, args)
     trained = [] if loss is None else list(loss.estimators.values())
     started = bool(trained) and all(
-        getattr(estimator, "parametrization", None) == "energy" for estimator in trained
+        isinstance(estimator, ARDAE) and estimator.parametrization == "energy"
+        for estimator in trained
     )
     factory = loss.score_estimator if loss is not None and started else _energy
     # Batches, whose means are independent, so that a loss that sums over particles will do.
@@ -157,6 +161,8 @@ def elbo_estimate(
         traces = [poutine.trace(fn).get_trace(*args) for fn in (model, guide)]
     elbo = kind(
         factory,
+        loss.num_score_samples if loss is not None and started else None,
+        num_score_contexts=loss.num_score_contexts if loss is not None else None,
         num_particles=particles,
         max_plate_nesting=plate_nesting(*traces),
         vectorize_particles=vectorize and particles > 1,

@@ -84,6 +84,7 @@ def stein_check(
         raise ValueError(
             f"expected tolerance >= 0 and failure_rate in (0, 1), got {tolerance}, {failure_rate}"
         )
+    loss._restore(guide, args)
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
     # Several traces: what an upstream site drew is part of the context of the next.
     for _ in range(8):

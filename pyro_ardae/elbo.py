@@ -9,7 +9,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pyro
@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.elbo import ELBOModule
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_ardae.implicit import Implicit, find_implicit
@@ -38,6 +39,7 @@ class _ScoreMessenger(Messenger):
         self._probed = probed
         self.paired_dim: int | None = None
         self._earlier: dict[str, Tensor] = {}
+        self._not_reparameterized: list[str] = []
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         fn = None if self.paired_dim is None else find_implicit(msg["fn"])
@@ -52,11 +54,26 @@ class _ScoreMessenger(Messenger):
             for drawn in (fn, fn.expanded_from):
                 if drawn is not None:  # later draws of it are independent
                     drawn.paired_dim = None
+            if self._not_reparameterized and torch.is_grad_enabled():
+                self._refuse(msg["name"])
             if msg["name"] not in self._probed and msg["value"].requires_grad:
                 self._probed.add(msg["name"])
                 check_context(msg["name"], fn, msg["value"], self._earlier)
             self._attach(msg["name"], fn, msg["value"])
+        elif not site_is_subsample(msg) and not msg["fn"].has_rsample:
+            self._not_reparameterized.append(msg["name"])
         self._earlier[msg["name"]] = msg["value"]
+
+    def _refuse(self, name: str) -> None:
+        """Pyro differentiates by such a site through the value of what follows it."""
+        before = self._not_reparameterized[0]
+        raise ValueError(
+            f"implicit site '{name}': the guide samples '{before}' before it, which is not "
+            "reparameterized. Its gradient takes the value of log q of what follows, and an "
+            f"implicit site has none. Leave '{before}' out of the guide and let "
+            f"TraceImplicitEnum_ELBO sum it out of the model; or, if '{name}' does not depend on "
+            "it, sample it afterwards."
+        )
 
 
 class _Site:
@@ -164,6 +181,7 @@ class _ImplicitELBO:
             name: {
                 "dim": site.estimator.dim,
                 "context_dim": site.estimator.context_dim,
+                "kind": type(site.estimator).__name__,
                 "estimator": site.estimator.state_dict(),
             }
             for name, site in self._sites.items()
@@ -213,6 +231,18 @@ class _ImplicitELBO:
                 pyro.infer.util.zero_grads(params)
                 raise
 
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss as a tensor, for a loop of one's own; trains the score estimators first, unless
+        gradients are off.
+        """
+        result: Tensor
+        if torch.is_grad_enabled():
+            with self._learn():
+                result = super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
+        else:
+            result = super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
+        return result
+
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
         self._watch(guide)
         # Messenger.__call__, not functools.wraps: poutine.unwrap() finds a GuideMessenger under it.
@@ -224,9 +254,22 @@ class _ImplicitELBO:
                     self._guess_max_plate_nesting(model, scored, args, kwargs)
                 messenger.paired_dim = -int(self.max_plate_nesting)  # that of the particles
             yield from super()._get_traces(model, scored, args, kwargs)  # type: ignore[misc]
-        finally:  # a guide may keep its distributions: outside the ELBO they have no log_prob
-            while self._attached:
-                self._attached.pop().score = None
+        finally:
+            self._detach()
+
+    def _detach(self) -> None:
+        """A guide may keep its distributions: outside the ELBO they have no log_prob."""
+        while self._attached:
+            self._attached.pop().score = None
+
+    def _restore(self, guide: Any, args: Any) -> None:
+        """Build the estimators whose state was loaded, if they have not met their sites yet."""
+        if self._pending:
+            with torch.no_grad(), self.frozen(), poutine.block():
+                try:
+                    _ScoreMessenger(self._attach, self._probed)(guide)(*args)
+                finally:
+                    self._detach()
 
     def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         with self.frozen():
@@ -331,6 +374,12 @@ class _ImplicitELBO:
             if name in self._pending:
                 state = self._pending[name]
                 self._check(name, state["dim"], state["context_dim"], dim, width)
+                kind = type(estimator).__name__
+                if state.get("kind", kind) != kind:
+                    raise ValueError(
+                        f"implicit site '{name}': expected the state of a {kind}, got that of a "
+                        f"{state['kind']}. Build the loss with the score_estimator it was saved of."
+                    )
                 site.estimator.load_state_dict(state["estimator"])
                 del self._pending[name]
             self._sites[name] = site
@@ -353,10 +402,8 @@ class _ImplicitELBOModule(ELBOModule):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            with self.elbo._learn():
-                return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
-        return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+        with nullcontext() if self.training else self.elbo.frozen():
+            return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.elbo.state_dict()
@@ -384,8 +431,9 @@ class TraceImplicit_ELBO(_ImplicitELBO, Trace_ELBO):
     :param score_estimator: ``(dim, context_dim) -> ScoreEstimator``, called once per implicit site.
     :param num_score_samples: draws per context and step by which the score is learned, >= 2. By
         default 2048 over the number of contexts, but at least 16.
-    :param num_score_updates: calls of ``estimator.update`` per step, each on fresh draws; 0 for an
-        estimator that is trained elsewhere.
+    :param num_score_updates: calls of ``estimator.update`` per run of the guide, each on fresh
+        draws; 0 for an estimator that is trained elsewhere. A step runs the guide once, or for each
+        particle where particles are not vectorized.
     :param num_particles: draws of the guide per step, as in Pyro.
     :param num_score_contexts: contexts per update of the estimator, a random subset of those of the
         step; all by default. Fewer make an update cheaper, and bound its memory for large plates.
@@ -399,8 +447,9 @@ class TraceImplicit_ELBO(_ImplicitELBO, Trace_ELBO):
         guide from one mode into another. Takes ``vectorize_particles``, an even ``num_particles``
         and normal noise.
     :raises TypeError: if ``score_estimator`` is not callable.
-    :raises ValueError: for counts out of range; in a step, for non-finite draws of a site and for a
-        second guide whose sites have other sizes.
+    :raises ValueError: for counts out of range; in a step, for non-finite draws of a site, for a
+        second guide whose sites have other sizes, and for a site that is not reparameterized
+        before an implicit one.
 
     Reference: Lim, Courville, Pal, Huang, "AR-DAE: Towards Unbiased Neural Entropy Gradient
     Estimation", ICML 2020, eq. 3 (entropy gradient) and eq. 8 (score estimate).

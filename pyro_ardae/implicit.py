@@ -11,12 +11,18 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
-from pyro.distributions import TorchDistribution
+from pyro.distributions import ExpandedDistribution, MaskedDistribution, TorchDistribution
 from pyro.distributions.util import broadcast_shape
-from torch import Size, Tensor
-from torch.distributions import Distribution, Independent, Normal, constraints
+from torch import Size, Tensor, nn
+from torch.distributions import (
+    Distribution,
+    Independent,
+    Normal,
+    TransformedDistribution,
+    constraints,
+)
 
-__all__ = ["Implicit", "find_implicit"]
+__all__ = ["Implicit", "base_of", "find_implicit"]
 
 Sampler = Callable[..., Tensor]
 ScoreFunction = Callable[["Implicit", Tensor], Tensor]
@@ -45,7 +51,8 @@ class Implicit(TorchDistribution):
     :param sampler: ``sampler(noise, context)``, or ``sampler(noise)`` without context. Maps noise
         ``[*sample, *batch, *noise_event]`` and context ``[*sample, *batch, C]`` to
         ``[*sample, *batch, *event_shape]``. Rows must not influence each other (no batch norm).
-    :param noise: an ``int`` (standard normal of that size) or a reparameterized distribution; a
+    :param noise: an ``int`` (standard normal of that size, with dtype and device of the context, or
+        without one of the sampler's first parameter) or a reparameterized distribution; a
         hierarchical guide puts its auxiliary variable here.
     :param context: ``[*batch, C]``, or ``None`` for an unconditional distribution.
     :param event_shape: shape of one draw; that of the noise if left out.
@@ -62,8 +69,6 @@ class Implicit(TorchDistribution):
         noise: int | Distribution,
         context: Float[Tensor, "*batch C"] | None = None,
         event_shape: Size | tuple[int, ...] | None = None,
-        *,
-        validate_args: bool | None = None,
     ) -> None:
         if not callable(sampler):
             raise TypeError(
@@ -76,7 +81,12 @@ class Implicit(TorchDistribution):
                 f"Implicit: expected `context` to be a tensor [*batch, C], got {got}. Concatenate "
                 "all that z depends on along the last dimension."
             )
-        noise = _noise_distribution(noise, context)
+        if context is not None and not context.is_floating_point():
+            raise ValueError(
+                f"Implicit: expected a `context` of floating-point numbers, got {context.dtype}. "
+                "Call .float() on it."
+            )
+        noise = _noise_distribution(noise, context, sampler)
         event_shape = noise.event_shape if event_shape is None else Size(event_shape)
         batch_shape = noise.batch_shape
         if context is not None:
@@ -220,12 +230,26 @@ class Implicit(TorchDistribution):
 
 
 def find_implicit(fn: Any) -> Implicit | None:
-    """The :class:`Implicit` under ``Independent``, ``TransformedDistribution`` and the like."""
+    """The :class:`Implicit` under what adds to its log-density: ``Independent``,
+    ``TransformedDistribution`` by bijections and the like. Others, such as mixtures, need its
+    value.
+    """
     while not isinstance(fn, Implicit):
-        if not hasattr(fn, "base_dist"):
+        bijective = all(transform.bijective for transform in getattr(fn, "transforms", ()))
+        if not isinstance(fn, _WRAPPERS) or not bijective:
             return None
         fn = fn.base_dist
     return fn
+
+
+_WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution, TransformedDistribution)
+
+
+def base_of(noise: Distribution) -> Distribution:
+    """The distribution whose dimensions ``Independent`` has made those of an event."""
+    while isinstance(noise, Independent):
+        noise = noise.base_dist
+    return noise
 
 
 def _paired(noise: Distribution, draws: Tensor, dim: int) -> Tensor:
@@ -233,9 +257,7 @@ def _paired(noise: Distribution, draws: Tensor, dim: int) -> Tensor:
 
     :raises ValueError: for noise that is not normal.
     """
-    base = noise
-    while isinstance(base, Independent):
-        base = base.base_dist
+    base = base_of(noise)
     if not isinstance(base, Normal):
         raise ValueError(
             f"antithetic=True: expected normal noise of an Implicit site, got "
@@ -248,11 +270,16 @@ def _paired(noise: Distribution, draws: Tensor, dim: int) -> Tensor:
     return torch.cat([draws.narrow(dim, 0, half), image], dim)
 
 
-def _noise_distribution(noise: int | Distribution, context: Tensor | None) -> Distribution:
+def _noise_distribution(
+    noise: int | Distribution, context: Tensor | None, sampler: Sampler
+) -> Distribution:
     if isinstance(noise, int) and not isinstance(noise, bool):
         if noise < 1:
             raise ValueError(f"Implicit: expected noise of size >= 1, got {noise}.")
-        like = torch.zeros(()) if context is None else context
+        like = context
+        if like is None and isinstance(sampler, nn.Module):
+            like = next(sampler.parameters(), None)
+        like = torch.zeros(()) if like is None else like.detach()
         return dist.Normal(
             like.new_zeros(noise), like.new_ones(noise), validate_args=False
         ).to_event(1)

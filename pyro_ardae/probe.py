@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Normal
 
-from pyro_ardae.implicit import Implicit
+from pyro_ardae.implicit import Implicit, base_of
 
 __all__ = ["check_context"]
 
@@ -30,9 +31,10 @@ def check_context(name: str, fn: Implicit, value: Tensor, earlier: Mapping[str, 
       the context, and whose value is not in the context literally. Sites without a gradient
       (discrete ones, or without parameters) are not seen.
     - A **dependence by row**: for the same noise, moving the rows of the context must move the
-      draws along. If it does not, the sampler reads something else that differs by row, say the
-      features of another encoder. What is computed from the context outside of the sampler, with a
-      gradient to it, is recognized.
+      draws along; without a context, rows of normal noise must have one law. If it is not so, the
+      sampler or the noise reads something else that differs by row, say the features of another
+      encoder. What is computed from the context outside of the sampler, with a gradient to it, is
+      recognized.
 
     What is the same for all rows and comes from no site, such as a scalar of the data that changes
     from step to step, is not found.
@@ -60,9 +62,9 @@ def check_context(name: str, fn: Implicit, value: Tensor, earlier: Mapping[str, 
     if not read and not outside and _rows_differ(fn.distinct()):
         _warn(
             f"implicit site '{name}': for equal noise and context its rows come out different, so "
-            "the sampler depends on something by row that its context lacks. The score is then "
-            "that of the rows averaged over it. Put it into the context, or, if it is a function "
-            "of the context, compute it inside of the sampler."
+            "the sampler or the noise depends on something by row that its context lacks. The "
+            "score is then that of the rows averaged over it. Put it into the context, or, if it "
+            "is a function of the context, compute it inside of the sampler."
         )
 
 
@@ -109,6 +111,11 @@ def _rows_differ(fn: Implicit) -> bool:
     dims = [dim for dim, size in enumerate(fn.batch_shape) if size > 1]
     if not dims:
         return False
+    base = base_of(fn.noise)
+    if fn.context is None and isinstance(base, Normal):
+        parts = (part.detach().expand(base.batch_shape) for part in (base.loc, base.scale))
+        if any(not torch.equal(part, part.roll(1, dim)) for part in parts for dim in dims):
+            return True
     shape = fn.noise.event_shape
     devices = [fn.context.device] if fn.context is not None and fn.context.is_cuda else []
     with torch.random.fork_rng(devices), torch.no_grad(), poutine.block():

@@ -48,9 +48,15 @@ def unconstrain(site: Mapping[str, Any]) -> Tensor:
     return value
 
 
-def check_structure(prototype: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[set[str], int]:
+def check_structure(
+    prototype: Any, model: Any, initialized: Any, *args: Any, **kwargs: Any
+) -> tuple[set[str], int]:
     """Run the model some more times on values drawn from the prior, and compare.
 
+    :param prototype: a trace of ``initialized``.
+    :param model: the model.
+    :param initialized: the same with its latents at the values where the guide starts: a model with
+        an improper prior has no other run.
     :returns: names of the plates whose subsample the caller determines, and the number of batch
         dimensions that plates take, observed sites included.
     :raises ValueError: for no latents, discrete ones, empty plates, or a structure that varies.
@@ -67,13 +73,15 @@ def check_structure(prototype: Any, model: Any, *args: Any, **kwargs: Any) -> tu
         device = site["value"].device
     if not expected:
         raise RuntimeError("AutoImplicit found no latent variables; use an empty guide instead.")
-    recorder, nesting, trace = _SubsampleMessenger(), 0, prototype
+    recorder, nesting = _SubsampleMessenger(), 0
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), poutine.block():
-        for _ in range(_NUM_RUNS):
+        for run in (initialized, *[model] * _NUM_RUNS):
             try:
-                trace = poutine.trace(recorder(model)).get_trace(*args, **kwargs)
+                trace = poutine.trace(recorder(run)).get_trace(*args, **kwargs)
             except (ValueError, RuntimeError):
+                if run is initialized:
+                    raise
                 continue  # a draw far from the data is no fault of the model
             nesting = max(nesting, _check_run(trace, expected))
             refuse_moving_supports(latents, trace)

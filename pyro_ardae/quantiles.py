@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["checked_levels", "fixed_noise", "num_draws", "quantiles_of"]
+__all__ = ["checked_levels", "decreases", "fixed_noise", "num_draws", "quantiles_of"]
 
 #: Numbers that a table of draws for quantiles holds at most.
 _TABLE = 2**25
@@ -25,6 +26,14 @@ def checked_levels(levels: Sequence[float] | Tensor) -> Tensor:
     if not bool(((result >= 0) & (result <= 1)).all()):
         raise ValueError(f"quantiles: expected numbers in [0, 1], got {result.tolist()}.")
     return result
+
+
+def decreases(transform: Any) -> bool:
+    """Whether a map of single coordinates turns their order around."""
+    try:
+        return bool((torch.as_tensor(transform.sign) < 0).all())
+    except NotImplementedError:
+        return False
 
 
 def num_draws(wanted: int, width: int) -> int:

@@ -229,11 +229,7 @@ def plate_nesting(*traces: poutine.Trace) -> int:
 
 def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
     """The latent sites of a model's trace, in its order."""
-    return {
-        site["name"]: site
-        for site in _samples(trace)
-        if not site["is_observed"] and not site["infer"].get("is_auxiliary")
-    }
+    return {site["name"]: site for site in _samples(trace) if not site["is_observed"]}
 
 
 def _cuda_devices(trace: poutine.Trace) -> list[torch.device]:

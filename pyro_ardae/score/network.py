@@ -366,13 +366,11 @@ class EnergyNetwork(_Modulated):
         sigma: Tensor,
         features: Tensor,
         target: Tensor,
-        weight: Tensor | None = None,
         *,
         contrast: tuple[Tensor, Tensor, float] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean square of ``target + weight * field``, and its gradient by the flat weights.
+        """Mean square of ``target + field``, and its gradient by the flat weights.
 
-        :param weight: 1 if left out.
         :param contrast: the arguments draws and others of :meth:`ratio_loss`, and a factor: so many
             times that loss's gradient is added, for less than by a call of its own. The value
             returned is without it.
@@ -385,13 +383,12 @@ class EnergyNetwork(_Modulated):
         _, saved = self._hidden(parts, self.inputs(w, sigma), scales, shifts, curves)
         adjoints, of_input = self._adjoints(parts, scales, saved)
         field = self._slope(w, of_input, *bowl).neg_()
-        error = target + field if weight is None else torch.addcmul(target, weight, field)
+        error = target + field
         loss = mean_square(error)
 
         # With e the loss's gradient by the field, that by the weights is the one of the energy's
         # derivative along -e: reverse over forward. Its adjoints by the tangents are those above.
         tangent_w = error.mul_(-2.0 / error.numel())
-        tangent_w = tangent_w if weight is None else tangent_w * weight
         by_context = (-1, *scales[0].shape)
         moved = torch.zeros_like(saved[0][0])
         moved[:, : self.dim] = tangent_w.flatten(0, 1)

@@ -29,42 +29,6 @@ def relative_error(estimate: Tensor, score: Tensor) -> float:
 
 @pytest.mark.parametrize("network", [ResidualNetwork, EnergyNetwork])
 @pytest.mark.parametrize("features", [0, 4])
-@pytest.mark.parametrize("depth", [1, 3])
-def test_gradient_of_the_loss_is_its_derivative(
-    float64: None, network: Any, features: int, depth: int
-) -> None:
-    """Against central differences along random directions: error O(h^2), rounding O(1e-16 / h)."""
-    net = network(3, features, 6, depth)
-    flat = net.initial() + 0.3 * torch.randn(net.size)
-    w, sigma, target = torch.randn(7, 5, 3), torch.randn(7, 5, 1), torch.randn(7, 5, 3)
-    inputs = w, sigma, torch.randn(5, features), target, sigma
-    loss, gradient = net.loss(flat, *inputs)
-    assert gradient.shape == flat.shape
-    expected = (target + sigma * net.field(flat, w, sigma, inputs[2])).square().mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-    h = 1e-5
-    for _ in range(20):
-        direction = torch.randn(net.size)
-        plus, minus = (net.loss(flat + s * h * direction, *inputs)[0] for s in (1, -1))
-        torch.testing.assert_close(
-            (plus - minus) / (2 * h), gradient @ direction, rtol=1e-5, atol=1e-7
-        )
-
-
-def test_gradient_of_the_residual_loss_is_autograds(float64: None) -> None:
-    net = ResidualNetwork(3, 4, 6, 2)
-    flat = (net.initial() + 0.3 * torch.randn(net.size)).requires_grad_()
-    w, sigma, features = torch.randn(7, 5, 3), torch.randn(7, 5, 1), torch.randn(5, 4)
-    target, weight = torch.randn(7, 5, 3), torch.randn(7, 5, 1)
-    loss = (target + weight * net.field(flat, w, sigma, features)).square().mean()
-    (expected,) = torch.autograd.grad(loss, flat)
-    with torch.no_grad():
-        _, gradient = net.loss(flat, w, sigma, features, target, weight)
-    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("network", [ResidualNetwork, EnergyNetwork])
-@pytest.mark.parametrize("features", [0, 4])
 def test_field_is_zero_at_first(network: Any, features: int) -> None:
     net = network(3, features, 6, 2)
     field = net.field(

@@ -29,6 +29,7 @@ from pyro.infer.autoguide import (
     init_to_mean,
     init_to_median,
     init_to_sample,
+    init_to_value,
 )
 from pyro.infer.reparam import NeuTraReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
@@ -324,6 +325,17 @@ def test_quantiles(make_guide: Any) -> None:
         assert bool((value.diff(dim=0) > 0).all())
     again = guide.quantiles(torch.tensor([0.1]))
     torch.testing.assert_close(again["y"][0], quantiles["y"][0])
+
+
+def test_quantiles_where_the_support_is_mapped_in_reverse() -> None:
+    def model() -> None:
+        pyro.sample("y", dist.ImproperUniform(dist.constraints.less_than(2.0), (), ()))
+
+    guide = AutoImplicit(model, init_loc_fn=init_to_value(values={"y": torch.tensor(1.0)}))
+    guide()
+    low, middle, high = guide.quantiles([0.05, 0.5, 0.95])["y"].tolist()
+    assert low < middle < high < 2
+    torch.testing.assert_close(guide.median()["y"], torch.tensor(middle))
 
 
 def test_quantiles_are_those_of_a_gaussian_at_the_start(

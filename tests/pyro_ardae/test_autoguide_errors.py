@@ -306,3 +306,22 @@ def test_losses_that_need_the_density() -> None:
 
 def test_a_hidden_discrete_site_is_no_error() -> None:
     assert set(AutoImplicit(poutine.block(discrete, hide=["k"]))()) == {"z"}
+
+
+def test_models_that_only_run_from_the_start_are_checked_too() -> None:
+    """An improper prior cannot be drawn from."""
+    improper = dist.ImproperUniform(dist.constraints.real, (), ())
+
+    def subsampled(index: Tensor) -> None:
+        mu = pyro.sample("mu", improper)
+        with pyro.plate("data", 8, subsample=index):
+            pyro.sample("z", dist.Normal(mu, 1.0))
+
+    def observed(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("mu", improper), 1.0), obs=x)
+
+    start = init_to_value(values={"mu": torch.zeros(()), "z": torch.zeros(3)})
+    with pytest.raises(ValueError, match="'data' is given its subsample by the caller"):
+        AutoImplicit(subsampled, init_loc_fn=start)(torch.tensor([5, 6, 7]))
+    with pytest.raises(ValueError, match="the data of site 'x' have NaN"):
+        AutoImplicit(observed, init_loc_fn=start)(torch.tensor(NAN))

@@ -23,6 +23,7 @@ from pyro_ardae import (
     TraceImplicitMeanField_ELBO,
     elbo_estimate,
 )
+from pyro_ardae.score import PaperARDAE
 
 X = torch.tensor([0.5, -1.0])
 START = {"scale": torch.tensor(1.0), "z": torch.zeros(2)}
@@ -114,6 +115,25 @@ def test_training_goes_on_as_if_nothing_had_been() -> None:
     elbo_estimate(model, implicit, X, num_samples=4, num_updates=3, loss=loss)
     after = list(loss.estimators["z"].parameters())
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_a_loss_that_was_loaded() -> None:
+    small = partial(ARDAE, parametrization="energy", hidden_dim=8, depth=1, num_folds=20)
+    loss = TraceImplicit_ELBO(small, num_score_samples=40)
+    with torch.no_grad(), loss._learn():
+        loss.loss(model, implicit, X)
+    other = TraceImplicit_ELBO(small, num_score_samples=40)
+    other.load_state_dict(loss.state_dict())
+    # With as many draws as in training: the default would be fewer than folds.
+    elbo_estimate(model, implicit, X, num_samples=4, num_updates=1, loss=other)
+    assert torch.equal(other.estimators["z"].averages, loss.estimators["z"].averages)
+
+
+def test_a_loss_whose_energy_has_no_density() -> None:
+    loss = TraceImplicit_ELBO(partial(PaperARDAE, hidden_dim=8))
+    with torch.no_grad():
+        loss.loss(model, implicit, X)
+    assert elbo_estimate(model, implicit, X, num_samples=4, num_updates=1, loss=loss).num_samples
 
 
 def test_errors() -> None:

@@ -63,6 +63,12 @@ def _plated() -> None:
         _plain()
 
 
+def test_a_loss_that_was_loaded() -> None:
+    loss = TraceImplicit_ELBO(partial(ExactScore, times=1.0))
+    loss.load_state_dict(trained(one, 1.0).state_dict())
+    assert stein_check(loss, one)["z"].passed
+
+
 @pytest.mark.parametrize("guide", [one, local])
 def test_the_exact_score_passes(
     guide: Callable[[], None], standard_errors: Callable[[int], float]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -62,6 +63,33 @@ def other_guide(dim: int = DIM, rows: int = ROWS, width: int = 3) -> None:
 
 def optimizer() -> pyro.optim.PyroOptim:
     return pyro.optim.Adam({"lr": 1e-2})
+
+
+# ---- gradients that need log q -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("enumerate", [None, "parallel"])
+def test_a_site_that_is_not_reparameterized(enumerate: str | None) -> None:
+    """Its gradient takes the entropies of what follows, which an implicit site does not have."""
+
+    def model() -> None:
+        y = pyro.sample("y", dist.Bernoulli(0.5))
+        pyro.sample("z", dist.Normal(y.unsqueeze(-1), 1.0).to_event(1))
+
+    def guide(first: bool) -> None:
+        logit, infer = pyro.param("logit", torch.zeros(())), {"enumerate": enumerate}
+        if first:
+            pyro.sample("y", dist.Bernoulli(logits=logit), infer=infer)
+        pyro.sample("z", Implicit(torch.nn.Linear(1, 1), 1))
+        if not first:
+            pyro.sample("y", dist.Bernoulli(logits=logit), infer=infer)
+
+    elbo = TraceImplicitEnum_ELBO(SMALL, max_plate_nesting=0, strict_enumeration_warning=False)
+    with pytest.raises(ValueError, match=r"'z': the guide samples 'y' before it.*sum it out"):
+        elbo.loss_and_grads(lambda _: model(), guide, True)
+    with torch.no_grad():
+        assert math.isfinite(elbo.loss(lambda _: model(), guide, True))
+    assert math.isfinite(elbo.loss_and_grads(lambda _: model(), guide, False))
 
 
 # ---- losses that need log q ----------------------------------------------------------------------

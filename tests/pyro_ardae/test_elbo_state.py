@@ -19,7 +19,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 from pyro_ardae import ARDAE, Implicit, TraceImplicit_ELBO
-from pyro_ardae.score import DAE, PaperARDAE, ScoreEstimator
+from pyro_ardae.score import DAE, PaperARDAE, ScoreEstimator, SlicedScore
 
 ROWS, DIM, WIDTH = 5, 2, 3
 FACTORIES: dict[str, Callable[[int, int], ScoreEstimator]] = {
@@ -240,8 +240,29 @@ def test_evaluating_the_loss_does_not_train() -> None:
     before = copy(elbo.state_dict())
     svi.evaluate_loss(X)
     elbo.loss(svi.model, svi.guide, X)
-    elbo.differentiable_loss(svi.model, svi.guide, X)
+    with torch.no_grad():
+        elbo.differentiable_loss(svi.model, svi.guide, X)
     assert_same(elbo.state_dict(), before)
+
+
+def test_differentiable_loss_trains() -> None:
+    elbo, svi = trained()
+    before = elbo.estimators["z"].updates
+    elbo.differentiable_loss(svi.model, svi.guide, X).backward()
+    assert elbo.estimators["z"].updates == before + 1
+    with elbo.frozen():
+        elbo.differentiable_loss(svi.model, svi.guide, X)
+    assert elbo.estimators["z"].updates == before + 1
+
+
+def test_state_of_another_estimator() -> None:
+    elbo, svi = trained()
+    other = TraceImplicit_ELBO(SlicedScore)
+    other.load_state_dict(elbo.state_dict())
+    with pytest.raises(
+        ValueError, match="expected the state of a SlicedScore, got that of a ARDAE"
+    ):
+        other.differentiable_loss(svi.model, svi.guide, X)
 
 
 def test_evaluating_first_leaves_the_run_as_it_is() -> None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.distributions.transforms import ExpTransform
-from torch import Size, Tensor
+from pyro.distributions.transforms import AbsTransform, ExpTransform
+from torch import Size, Tensor, nn
 
 from pyro_ardae import Implicit
 from pyro_ardae.implicit import find_implicit
@@ -111,6 +111,18 @@ def test_found_under_wrappers(wrap: str) -> None:
 def test_not_found_in_other_distributions() -> None:
     assert find_implicit(dist.Normal(torch.zeros(3), 1.0).to_event(1)) is None
     assert find_implicit(dist.LogNormal(0.0, 1.0)) is None
+
+
+def test_not_found_where_the_value_of_its_density_is_needed() -> None:
+    q = Implicit(lambda eps: eps[..., 0], 2, event_shape=())
+    assert find_implicit(dist.TransformedDistribution(q, [AbsTransform()])) is None
+    assert find_implicit(dist.FoldedDistribution(q)) is None
+
+
+def test_noise_without_context_is_like_the_samplers_parameters() -> None:
+    q = Implicit(nn.Linear(3, 2, dtype=torch.float64), 3, event_shape=(2,))
+    assert q.rsample().dtype == torch.float64
+    assert Implicit(lambda eps: eps, 3).rsample().dtype == torch.float32
 
 
 @pytest.mark.parametrize("event_shape", [(), (3,), (2, 2)])

@@ -22,7 +22,12 @@ def test_gradient_of_the_loss(
     flat = (network.initial().double() + 0.1 * torch.randn(network.size)).requires_grad_()
     w, sigma, features = torch.randn(4, 5, 3), torch.randn(4, 5, 1), torch.randn(5, feature_dim)
     target, weight = torch.randn(4, 5, 3), torch.randn(4, 5, 1)
-    value, gradient = network.loss(flat.detach(), w, sigma, features, target, weight)
+    inputs = flat.detach(), w.clone(), sigma, features, target
+    if isinstance(network, EnergyNetwork):
+        weight = torch.ones_like(weight)
+        value, gradient = network.loss(*inputs)
+    else:
+        value, gradient = network.loss(*inputs, weight)
 
     if isinstance(network, EnergyNetwork):
         w = w.requires_grad_()
@@ -37,7 +42,6 @@ def test_gradient_of_the_loss(
     assert torch.allclose(gradient, expected, rtol=0, atol=1e-12)
 
     if isinstance(network, EnergyNetwork):
-        inputs = flat.detach(), w.detach(), sigma, features, target, weight
         draws, others = torch.randn(4, 5, 3), torch.randn(2, 5, 3)
         value, both = network.loss(*inputs, contrast=(draws, others, 0.7))
         _, of_ratio = network.ratio_loss(flat.detach(), draws, others, features)

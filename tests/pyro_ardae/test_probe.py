@@ -179,6 +179,10 @@ def lacks_any_context(a: Tensor) -> Implicit:
     return Implicit(lambda eps: features + eps, dist.Normal(torch.zeros(ROWS, D), 1.0).to_event(1))
 
 
+def lacks_the_data_of_the_noise(a: Tensor) -> Implicit:
+    return Implicit(NETS.head, dist.Normal(X[:, :D], 1.0).to_event(1))
+
+
 @pytest.mark.parametrize("particles", PARTICLES)
 @pytest.mark.parametrize(
     "local",
@@ -199,7 +203,12 @@ def test_an_earlier_site_is_missing(
 @pytest.mark.parametrize("particles", PARTICLES)
 @pytest.mark.parametrize(
     "local",
-    [lacks_the_features, lacks_the_features_beside_data, lacks_any_context],
+    [
+        lacks_the_features,
+        lacks_the_features_beside_data,
+        lacks_any_context,
+        lacks_the_data_of_the_noise,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_something_by_row_is_missing(local: Callable[[Tensor], Implicit], particles: str) -> None:
