@@ -37,11 +37,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from inference.errors import UserError, user_errors
+from inference.errors import UserError, check_options, user_errors
 from inference.run import keep_freed_memory, write_csv
 from inference.sac_agent import Agent
 from inference.sac_policy import ImplicitPolicy
-from inference.sac_presets import AgentName, Config, build_policy
+from inference.sac_presets import AgentName, Config, build_policy, check
 from models.actors import log_tanh_slope
 from models.environments import BANDITS, Bandit
 
@@ -225,11 +225,27 @@ def main() -> None:
 
 
 def _run(options: Options) -> None:
-    if options.seconds <= 0:
-        raise UserError(f"--seconds: expected a positive time, found {options.seconds}")
-    if options.alpha_start <= 0:
-        raise UserError(f"--alpha-start: expected a positive factor, found {options.alpha_start}")
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_options(
+        options,
+        (
+            (options.seconds > 0, "seconds", "a positive time"),
+            (options.updates > 0, "updates", "a positive number"),
+            (options.draws > 1, "draws", "2 at least"),
+            (options.alpha_start > 0, "alpha-start", "a positive factor"),
+            (0 <= options.alpha_share < 1, "alpha-share", "a share in [0, 1)"),
+            (0 <= options.decay_start < 1, "decay-start", "a share in [0, 1)"),
+        ),
+    )
+    check(options.config)
+    if options.config.batch_size < Bandit.NUM_STATES:
+        raise UserError(
+            f"--config.batch-size: expected one for each of {Bandit.NUM_STATES} states at least, "
+            f"found {options.config.batch_size}"
+        )
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{options.out}: expected a writable folder, found: {error}") from None
     rows = []
     for seed in options.seeds:
         for name in options.bandits:

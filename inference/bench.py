@@ -50,7 +50,7 @@ from inference.bench_learn import Learn, bench_learn
 from inference.bench_rows import bench_rows, describe_rows
 from inference.bench_sac import Sac, bench_sac, report
 from inference.bench_vae import Vae, bench_vae
-from inference.errors import UserError, user_errors
+from inference.errors import UserError, check_device, check_options, user_errors
 from inference.optim import TorchOptim
 from inference.presets import PRESETS, build_loss, build_score_estimator, build_vae
 from inference.run import keep_freed_memory
@@ -250,6 +250,15 @@ def main() -> None:
 def _step_main(options: Annotated[Step, tyro.conf.arg(name="")]) -> None:
     """Times one SVI step, implicit against explicit guide."""
     with user_errors():
+        check_options(
+            options,
+            (
+                (options.steps > 0, "steps", "a positive number"),
+                (options.warmup >= 0, "warmup", "no negative number"),
+                (options.threads > 0, "threads", "a positive number"),
+            ),
+        )
+        check_device(options.device)
         # A global of the process, which this program owns.
         torch.set_num_threads(options.threads)
         if options.rows:

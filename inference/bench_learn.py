@@ -24,13 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium
 import torch
 from torch import Tensor
 
-from inference import sac
 from inference.errors import UserError
-from inference.rollout import Episode, evaluate, return_figures, wrap
 from inference.run import RunFolder, read_metrics, write_csv
 from inference.sac_presets import PRESETS, TASKS, AgentName, Config
 
@@ -76,10 +73,12 @@ def bench_learn(options: Learn) -> Path:
             for agent in options.agents:
                 path = options.out / f"{task}-{agent}-seed{seed}"
                 config = _config(options, task, agent, seed, path)
-                if not (path / "results.json").exists():
+                done = (path / "results.json").exists()
+                if done or (path / "checkpoints" / "latest.pt").exists():
+                    # The table would show a run of other options beside the others.
+                    RunFolder.require(path, _options(config, agent), may_differ=_MAY_DIFFER)
+                if not done:
                     _learn_sb3(config, path) if agent == "sb3" else _learn(config, path)
-                # The table would show a run of other options beside the others.
-                RunFolder.require(path, _options(config, agent), may_differ=_MAY_DIFFER)
                 runs[task, agent, seed] = path
                 _write(options.out)
     print(table(runs))
@@ -101,6 +100,8 @@ def _options(config: Config, agent: Learner) -> dict[str, Any]:
 
 
 def _learn(config: Config, path: Path) -> None:
+    from inference import sac
+
     if (path / "checkpoints" / "latest.pt").exists():
         config = dataclasses.replace(config, out=None, resume=path)
     elif path.exists():
@@ -110,7 +111,9 @@ def _learn(config: Config, path: Path) -> None:
 
 def _learn_sb3(config: Config, path: Path) -> None:
     """Trains Stable-Baselines3's SAC; it cannot be resumed, so a stopped run begins anew."""
+    # Not before: other benchmarks do without gymnasium.
     try:
+        import gymnasium
         from stable_baselines3 import SAC
         from stable_baselines3.common.callbacks import BaseCallback
     except ModuleNotFoundError as error:
@@ -118,6 +121,9 @@ def _learn_sb3(config: Config, path: Path) -> None:
             f"bench learn: expected stable-baselines3 to be installed, found: {error}; "
             'pip install "pyro-ardae[rl,bench]"'
         ) from None
+    from inference.rollout import Episode, evaluate, return_figures, wrap
+    from inference.sac import seed_of
+
     if path.exists():
         shutil.rmtree(path)
     folder = RunFolder.create(path, _options(config, "sb3"), COLUMNS)
@@ -140,7 +146,7 @@ def _learn_sb3(config: Config, path: Path) -> None:
         def act(obs: Tensor) -> Tensor:
             return torch.from_numpy(model.predict(obs.numpy(), deterministic=not noise)[0])
 
-        seed = sac.seed_of(config.seed, "evaluation", model.num_timesteps)
+        seed = seed_of(config.seed, "evaluation", model.num_timesteps)
         return evaluate(config.env, act, episodes=config.eval_episodes, seed=seed)
 
     class Evaluations(BaseCallback):

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from inference.errors import UserError
+from inference.errors import UserError, check_options
 from inference.replay import Batch, Replay
 from inference.sac_agent import Agent
 from inference.sac_presets import PRESETS, TASKS, AgentName, build_critic, build_policy
@@ -126,6 +126,14 @@ def bench_sac(options: Sac) -> dict[str, Any]:
     if options.task not in TASKS.values():
         known = ", ".join(TASKS.values())
         raise UserError(f"--task: expected one of {known}, found {options.task}")
+    check_options(
+        options,
+        (
+            (options.updates > 0, "updates", "a positive number"),
+            (options.warmup >= 0, "warmup", "no negative number"),
+            (options.batch_size > 1, "batch-size", "2 at least"),
+        ),
+    )
     torch.manual_seed(options.seed)
     jobs = {"sb3": _build_sb3(options)}
     jobs |= {name: _build(name, options) for name in get_args(AgentName)}

@@ -11,9 +11,10 @@ schedule is stretched to it; the run ends with the budget in any case. Each is e
 importance sampling on the test images and by annealed importance sampling on a random subset
 (:mod:`inference.tight`).
 
-The folder holds a run folder for each row and seed, ``steps.csv``, ``results.csv`` and ``table.md``
-(:mod:`inference.bench_vae_table`). The same command goes on where it was stopped: finished runs and
-evaluations are skipped, a run that was interrupted is resumed from its last checkpoint.
+The folder holds a run folder for each row and seed, ``config.json`` with what they have in common,
+``steps.csv``, ``results.csv`` and ``table.md`` (:mod:`inference.bench_vae_table`). The same command
+goes on where it was stopped: finished runs and evaluations are skipped, a run that was interrupted
+is resumed from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import tyro
 
 from inference.bench_rows import Clock, step_times
 from inference.bench_vae_table import STEP_COLUMNS, collect, read_steps, table, write_results
-from inference.errors import UserError
+from inference.errors import UserError, check_device
 from inference.evaluate import describe_tight, evaluate_tight, restore
 from inference.posterior_table import write
 from inference.presets import PRESETS, Config, build_data
@@ -102,6 +103,9 @@ def bench_vae(options: Vae) -> Path:
     unknown = ", ".join(row for row in options.rows if row not in PRESETS)
     if unknown or not options.rows:
         raise UserError(f"--rows: expected presets of inference.vae, found {unknown or 'none'}")
+    check_device(options.device)
+    if options.threads < 1:
+        raise UserError(f"--threads: expected a positive number, found {options.threads}")
     if options.budget_seconds <= 0 or not options.seeds or options.timed_steps < 1:
         raise UserError(
             "--budget-seconds, --seeds, --timed-steps: expected a positive time, one seed at least "
@@ -112,6 +116,7 @@ def bench_vae(options: Vae) -> Path:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{options.out}: expected a writable folder, found: {error}") from None
+    _settle(options)
     path = options.out / "steps.csv"
     steps = read_steps(path)
     missing = tuple(row for row in options.rows if row not in steps)
@@ -139,6 +144,16 @@ def bench_vae(options: Vae) -> Path:
         (options.out / "table.md").write_text(text)
     print(f"\n{text}")
     return options.out
+
+
+def _settle(options: Vae) -> None:
+    """Writes down what all runs of the folder have in common, or refuses another choice."""
+    names = ("budget_seconds", "clock", "steps", "test_points", "test_samples")
+    settled = {name: getattr(options, name) for name in names}
+    if (options.out / "config.json").exists():
+        RunFolder.require(options.out, settled, may_differ=())
+    else:
+        RunFolder(options.out, ()).write_json("config.json", settled)
 
 
 def _folder(options: Vae, row: str, seed: int) -> Path:

@@ -39,6 +39,8 @@ def q_bias(agent: Agent, episodes: Sequence[Episode]) -> float:
     steps = Batch(*(torch.cat(column).to(device) for column in zip(*held, strict=True)))
     q = agent.critic(steps.obs, steps.action).amin(0)
     next_z, log_pi = agent.policy.sample(steps.next_obs)
+    if config.subtract_entropy_mean:  # as in what the critics learn
+        log_pi = log_pi - agent.entropy_mean
     bonus = -agent.alpha * log_pi
     rest = agent.critic(steps.next_obs, next_z.tanh()).amin(0)
     received = []

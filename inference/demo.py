@@ -108,9 +108,8 @@ def demonstrate(options: Demo) -> Path:
 def main() -> None:
     """Runs the demonstration."""
     options = tyro.cli(Demo, prog="python -m inference.demo", description=__doc__)
-    if options.threads is not None:
-        # A global of the process, which this program owns.
-        torch.set_num_threads(options.threads)
+    # A global of the process, which this program owns.
+    torch.set_num_threads(options.threads)
     with user_errors():
         demonstrate(options)
 

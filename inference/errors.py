@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["UserError", "user_errors"]
+import torch
+
+__all__ = ["UserError", "check_device", "check_options", "user_errors"]
 
 
 class UserError(Exception):
@@ -24,3 +27,30 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def check_options(options: Any, conditions: Iterable[tuple[bool, str, str]]) -> None:
+    """Refuses options out of range.
+
+    :param options: a dataclass of options.
+    :param conditions: of each whether it holds, the option's name, and what is expected.
+    :raises UserError: naming the first that does not hold.
+    """
+    for holds, option, expected in conditions:
+        if not holds:
+            found = getattr(options, option.replace("-", "_"))
+            raise UserError(f"--{option}: expected {expected}, found {found}")
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that torch cannot use here.
+
+    :raises UserError: saying why.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"--device: expected one that torch can use here, such as cpu, found {device}: {reason}"
+        ) from None

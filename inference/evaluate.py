@@ -26,7 +26,7 @@ import tyro
 from torch import Tensor
 
 from inference.data import Dataset
-from inference.errors import UserError, user_errors
+from inference.errors import UserError, check_device, user_errors
 from inference.precision import full_precision
 from inference.presets import Config, build_data, build_vae
 from inference.run import RunFolder
@@ -73,6 +73,8 @@ class Evaluation:
     """Folder of binarized_mnist.npz; as in the run by default."""
     threads: int | None = None
     """CPU threads of torch; as in the run by default."""
+    device: str | None = None
+    """Torch device; that of the run by default."""
     ais: bool = False
     """Estimate log p(x) by annealed importance sampling, and the posterior gap."""
     tight: Annotated[Tight, tyro.conf.arg(name="")] = field(default_factory=Tight)
@@ -228,6 +230,7 @@ def restore(run: Path, **changes: Any) -> tuple[Config, VAE]:
         config = Config(**{**values, **paths, **changes})
     except TypeError as error:
         raise UserError(f"{run / 'config.json'}: expected the options of a run ({error})") from None
+    check_device(config.device)
     vae = build_vae(config)
     vae.load_state_dict(RunFolder(run, ()).load("best", config.device)["vae"])
     return config, vae

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from inference.errors import UserError
 from models.vae import VAE
 
 __all__ = [
@@ -143,8 +144,14 @@ def mnist_figure(vae: VAE, x: Tensor) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes a figure and returns the path."""
-    figure.savefig(path, dpi=110)
+    """Writes a figure and returns the path.
+
+    :raises UserError: if it cannot be written.
+    """
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected a writable file for a figure, found: {error}") from None
     return path
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from inference.build import build_data, build_loss, build_score_estimator, build_vae
-from inference.errors import UserError
+from inference.errors import UserError, check_device, check_options
 from inference.options import MAY_DIFFER, SCORED, Config
 
 __all__ = [
@@ -239,11 +239,43 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 }
 
 
-def check(config: Config) -> None:
-    """Refuses options that a run would ignore.
+def _in_range(config: Config) -> list[tuple[bool, str, str]]:
+    positive = (
+        *("steps", "batch_size", "learning_rate", "num_particles", "num_mixing"),
+        *("flow_transforms", "auxiliary_dim", "score_hidden_dim", "score_depth"),
+        *("score_learning_rate", "score_folds", "num_score_updates"),
+        *("valid_every", "valid_points", "valid_samples", "checkpoint_every", "test_samples"),
+    )
+    if_given = ("budget_seconds", "threads", "decoder_learning_rate", "clip_norm")
+    if_given += ("score_steps", "num_score_contexts", "test_points")
+    unit = ("average_decay", "adam_beta1", "prior_weight")
+    conditions = [(getattr(config, name) > 0, name, "a positive number") for name in positive]
+    conditions += [
+        (getattr(config, name) is None or getattr(config, name) > 0, name, "a positive number")
+        for name in if_given
+    ]
+    conditions += [(0 <= getattr(config, name) < 1, name, "a number in [0, 1)") for name in unit]
+    deviates = config.guide in ("implicit", "avb") and config.base != "none"
+    scored = config.guide in SCORED
+    folds, draws, dim = config.score_folds, config.num_score_samples, config.latent_dim
+    conditions += [
+        (config.guide_samples > 1, "guide_samples", "2 at least"),
+        (not deviates or 0 < config.gain < 1, "gain", "a number in (0, 1)"),
+        (not deviates or config.noise_dim >= dim, "noise_dim", f"the latent's width, {dim}"),
+        (config.noise_dim > 0, "noise_dim", "a positive number"),
+        (not scored or draws >= max(2, folds), "num_score_samples", "--score-folds, 2 at least"),
+    ]
+    return [(holds, name.replace("_", "-"), expected) for holds, name, expected in conditions]
 
-    :raises UserError: if an option that the preset does not read differs from the preset's default.
+
+def check(config: Config) -> None:
+    """Refuses options out of range, and those that a run would ignore.
+
+    :raises UserError: for the first of them: one that the preset does not read must have the
+        preset's default.
     """
+    check_options(config, _in_range(config))
+    check_device(config.device)
     presets = PAPER_PRESETS if config.schedule == "paper" else PRESETS
     if config.preset not in presets:
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.error import DependencyNotInstalled, Error
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -26,6 +27,7 @@ from inference.replay import Batch
 __all__ = [
     "Collector",
     "Episode",
+    "check_renders",
     "evaluate",
     "make_envs",
     "record_episode",
@@ -271,6 +273,23 @@ def return_figures(noisy: Sequence[Episode], still: Sequence[Episode]) -> dict[s
         values = torch.tensor([episode.value for episode in episodes], dtype=torch.float64)
         row |= {name: float(values.mean()), f"{name}_std": float(values.std(correction=0))}
     return row
+
+
+def check_renders(env_id: str) -> None:
+    """Refuses an environment that has no pictures.
+
+    :raises UserError: if it has not.
+    """
+    try:
+        entry = gymnasium.spec(env_id).entry_point
+        kind = load_env_creator(entry) if isinstance(entry, str) else entry
+    except (Error, ImportError):
+        return  # making it says what is wrong
+    if "rgb_array" not in getattr(kind, "metadata", {}).get("render_modes", ()):
+        raise UserError(
+            f"--record-video: expected an environment that renders pictures, found {env_id}; leave "
+            "the option out"
+        )
 
 
 def record_episode(env_id: str, act: Act, path: Path, *, seed: int, device: str = "cpu") -> Path:

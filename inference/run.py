@@ -114,10 +114,15 @@ class RunFolder:
 
         :param Sequence[str] may_differ: options that need not be those of the run.
         :raises UserError: if there is no run, or its options differ.
+
+        ``config.json`` then holds the options of this call.
         """
         cls.require(path, config, may_differ=may_differ)
         folder = cls(path, columns)
+        recorded = cls.read_config(path)
+        kept = {key: recorded.get(key) for key in ("out", "resume")}
         try:
+            folder.write_json("config.json", {**recorded, **config, **kept})
             folder._note_command()
         except OSError as error:
             raise UserError(f"{path}: expected a writable folder, found: {error}") from None

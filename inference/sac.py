@@ -36,6 +36,7 @@ from inference.replay import Replay
 from inference.rollout import (
     Collector,
     Episode,
+    check_renders,
     evaluate,
     make_envs,
     record_episode,
@@ -224,6 +225,8 @@ def _means(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
 def run(config: Config) -> Path:
     """Trains, evaluates, draws; returns the run folder."""
     check(config)
+    if config.record_video:
+        check_renders(config.env)
     pyro.set_rng_seed(config.seed)
     training = Training(config)
     options = dataclasses.asdict(config)
@@ -263,9 +266,8 @@ def run(config: Config) -> Path:
     if config.record_video:
         act = training.agent.act
         video = path / "figures" / "episode.gif"
-        figures.append(
-            record_episode(config.env, act, video, seed=seed_of(config.seed, "video", 0))
-        )
+        seed = seed_of(config.seed, "video", 0)
+        figures.append(record_episode(config.env, act, video, seed=seed, device=config.device))
     print(f"run folder {path}, figures {', '.join(str(figure) for figure in figures)}")
     return path
 
@@ -275,10 +277,11 @@ def main() -> None:
     config = tyro.extras.overridable_config_cli(
         PRESETS, prog="python -m inference.sac", description=_DESCRIPTION
     )
-    # A global of the process, which this program owns.
-    torch.set_num_threads(config.threads)
     keep_freed_memory()
     with user_errors():
+        check(config)
+        # A global of the process, which this program owns.
+        torch.set_num_threads(config.threads)
         run(config)
 
 

@@ -60,9 +60,9 @@ def learning_curves(
     """
     order = [*dict.fromkeys([*order, *runs])]
     for label, seeds in runs.items():
-        count = min(len(metrics["step"]) for metrics in seeds)
-        steps = seeds[0]["step"][:count]
-        values = np.array([metrics["eval_return"][:count] for metrics in seeds])
+        curves = [dict(zip(one["step"], one["eval_return"], strict=True)) for one in seeds]
+        steps = sorted(set.intersection(*({*curve} for curve in curves)))  # of all seeds
+        values = np.array([[curve[step] for step in steps] for curve in curves])
         number = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
         color = f"C{order.index(label)}"
         axes.plot(steps, values.mean(0), label=f"{label} ({number})", color=color)

@@ -13,7 +13,7 @@ from typing import Literal, TypedDict, get_args
 import torch
 import tyro
 
-from inference.errors import UserError
+from inference.errors import UserError, check_device, check_options
 from inference.precision import training_dtype
 from inference.sac_policy import ExplicitPolicy, ImplicitPolicy, Policy
 from models.actors import FlowActor, GaussianActor, ImplicitActor
@@ -214,7 +214,7 @@ def check(config: Config) -> None:
 
     :raises UserError: naming the first of them.
     """
-    for ok, option, expected in (
+    conditions = (
         (config.steps > 0, "steps", "a positive number"),
         (config.num_envs > 0, "num-envs", "a positive number"),
         (config.eval_every > 0, "eval-every", "a positive number"),
@@ -254,10 +254,9 @@ def check(config: Config) -> None:
         (config.score_steps > 0, "score-steps", "a positive number"),
         (config.score_draws >= config.score_steps, "score-draws", "--score-steps at least"),
         (config.score_draws > 1, "score-draws", "2 at least"),
-    ):
-        if not ok:
-            found = getattr(config, option.replace("-", "_"))
-            raise UserError(f"--{option}: expected {expected}, found {found}")
+    )
+    check_options(config, conditions)
+    check_device(config.device)
 
 
 def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
@@ -276,6 +275,11 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
                 f"sac-nf: expected zuko to be installed, found: {error}; "
                 'pip install "pyro-ardae[flows]"'
             ) from None
+    if config.noise_dim is not None and config.noise_dim < action_dim:
+        raise UserError(
+            f"--noise-dim: expected the action's width at least, {action_dim}, found "
+            f"{config.noise_dim}"
+        )
     actor = ImplicitActor(
         obs_dim,
         action_dim,

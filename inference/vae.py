@@ -252,8 +252,8 @@ def train(training: Training, folder: RunFolder) -> None:
                 row |= training.score_figures()
                 if not math.isfinite(loss):
                     raise UserError(
-                        f"step {row['step']}: expected a finite loss, found {loss}; go on from the "
-                        "last checkpoint with a lower --learning-rate or with --clip-norm"
+                        f"step {row['step']}: expected a finite loss, found {loss}; start anew, "
+                        "with another --out and a lower --learning-rate or with --clip-norm"
                     )
                 if not config.train_on_valid:
                     row |= training.validate()
@@ -318,12 +318,13 @@ def main() -> None:
     if config.schedule == "paper":
         # Once more, so that options left out are the paper's.
         config = _parse({**PRESETS, **PAPER_PRESETS})
-    # Globals of the process, which this program owns.
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     keep_freed_memory()
     pyro.clear_param_store()
     with user_errors():
+        check(config)
+        # Globals of the process, which this program owns.
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         run(config)
 
 

@@ -57,6 +57,8 @@ class Options:
     were measured there, whatever else kept the machine busy while training."""
     data_dir: Path | None = None
     """Folder of binarized_mnist.npz; as in the run by default."""
+    device: str | None = None
+    """Torch device; that of each run by default."""
 
 
 def log_px_curves(
@@ -206,7 +208,8 @@ def draw(options: Options) -> list[Path]:
     except OSError as error:
         raise UserError(f"{options.out}: expected a writable folder, found: {error}") from None
     times = {} if options.step_times is None else read_steps(options.step_times)
-    changes = {} if options.data_dir is None else {"data_dir": options.data_dir}
+    given = {"data_dir": options.data_dir, "device": options.device}
+    changes = {name: value for name, value in given.items() if value is not None}
     metrics: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
     plane: dict[Path, tuple[Config, VAE]] = {}
     written = []
@@ -217,7 +220,10 @@ def draw(options: Options) -> list[Path]:
         if config.preset in times:
             milliseconds = times[config.preset]["step_ms"]
             found["seconds"] = [1e-3 * milliseconds * step for step in found["step"]]
-        metrics[config.preset].append(found)
+        if config.data == "25gaussians":
+            raise UserError(f"{run}: expected a run on images, found {config.preset}")
+        if not config.train_on_valid:  # such a run has no validation figures
+            metrics[config.preset].append(found)
         x = build_data(config).subset("test", 500, options.seed).to(config.device)
         torch.manual_seed(options.seed)
         written.append(
@@ -225,9 +231,10 @@ def draw(options: Options) -> list[Path]:
         )
         if vae.latent_dim == 2:
             plane[run] = (config, vae)
-    figure, axes = _figure(1, 1, height=5, width=7)
-    log_px_curves(axes[0], metrics, title="importance-sampled log p(x) while training")
-    written.append(plots.save(figure, options.out / "log_px.png"))
+    if metrics:
+        figure, axes = _figure(1, 1, height=5, width=7)
+        log_px_curves(axes[0], metrics, title="importance-sampled log p(x) while training")
+        written.append(plots.save(figure, options.out / "log_px.png"))
     return written + (_plane(plane, options) if plane else [])
 
 

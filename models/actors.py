@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributions import Distribution
 
+from models.flows import import_zuko
 from models.networks import MLP
 from models.stack import ReLUStack
 
@@ -138,22 +138,18 @@ class FlowActor(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        validate = Distribution._validate_args
-        from zuko.flows import NSF, Flow
-
-        # Importing zuko turns the validation of all distributions off.
-        Distribution.set_default_validate_args(validate)
+        flows = import_zuko().flows
         self.action_dim = action_dim
         sizes = (obs_dim, *hidden_dims, 2 * action_dim + flow_dim)
         self.net = ReLUStack(1, sizes, compute_dtype=compute_dtype)
-        splines = NSF(
+        splines = flows.NSF(
             action_dim,
             context=flow_dim,
             transforms=transforms,
             bins=bins,
             hidden_features=[flow_dim],
         )
-        self.flow = Flow(splines.transform.inv, splines.base)
+        self.flow = flows.Flow(splines.transform.inv, splines.base)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Location, log scale ``[*batch, D]``, and what the splines see ``[*batch, flow_dim]``."""
