@@ -66,6 +66,14 @@ def test_by_hand() -> None:
         assert q_bias(agent, [one, short]) == pytest.approx((3 * expected + 2) / 4, rel=1e-6)
 
 
+def test_the_mean_that_the_targets_lack() -> None:
+    config = Config(auto_alpha=False, alpha=0.5, gamma=0.9, subtract_entropy_mean=True)
+    agent = Agent(Policy(), Critic(), config)  # type: ignore[arg-type]
+    agent.entropy_mean.fill_(2.0)
+    one = episode([0.0], [0.0, 2.0], [3.0, 0.0], terminated=False)  # log π is its mean
+    assert q_bias(agent, [one]) == pytest.approx(3.0, rel=1e-6)
+
+
 def test_episodes_have_to_hold_their_steps() -> None:
     agent = Agent(Policy(), Critic(), Config())  # type: ignore[arg-type]
     for episodes in ([], [Episode(0, 0.0, 1, torch.zeros(2))]):

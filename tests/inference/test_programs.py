@@ -146,6 +146,30 @@ def test_bench_rows(program: Program, tmp_path: Path) -> None:
     assert implicit["ratio"] == implicit["ms"] / gaussian["ms"]
 
 
+def test_a_prolonged_run_is_evaluated_as_it_was_prolonged(
+    program: Program, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = ("vae", "sbmnist-mlp-gaussian", *TINY, "--data-dir", sample_dir, "--train-on-valid")
+    program(*command, "--steps", 1, "--out", run)
+    program(*command, "--steps", 2, "--test-samples", 5, "--resume", run)
+    recorded = json.loads((run / "config.json").read_text())
+    assert (recorded["steps"], recorded["test_samples"]) == (2, 5)
+    assert (recorded["out"], recorded["resume"]) == (str(run), None)
+    capsys.readouterr()
+    program("evaluate", run)
+    again = capsys.readouterr().out
+    assert f"{json.loads((run / 'results.json').read_text())['log_px']:.3f}" in again
+    program("vae_plots", run, "--out", tmp_path / "figures")  # of what it has: no validation
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["run.png"]
+
+
+def test_benchmarks_of_vaes_do_without_gymnasium() -> None:
+    code = "import sys; sys.modules['gymnasium'] = None; import inference.bench"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
 def test_errors_end_in_one_line(
     program: Program, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +193,15 @@ def test_errors_end_in_one_line(
         ((*toy, "--resume", damaged), "latest.pt: expected a checkpoint"),
         ((*mnist, "--data-dir", tmp_path / "bad"), "expected a readable npz file"),
         ((*mnist, "--gain", 0.5), "--gain: sbmnist-mlp-gaussian does not read it"),
+        ((*mnist, "--steps", 0), "--steps: expected a positive number, found 0"),
+        ((*mnist, "--threads", 0), "--threads: expected a positive number, found 0"),
+        ((*mnist, "--valid-every", 0), "--valid-every: expected a positive number"),
+        ((*mnist, "--device", "abacus"), "--device: expected one that torch can use here"),
+        (("vae", "sbmnist-mlp-implicit", "--gain", 1.5), "--gain: expected a number in (0, 1)"),
+        (("vae", "sbmnist-mlp-implicit", "--noise-dim", 5), "--noise-dim: expected the latent's"),
+        (("vae", "sbmnist-mlp-avb", "--score-folds", 9), "--num-score-samples: expected --score-"),
+        (("evaluate", run, "--device", "abacus"), "--device: expected one that torch can use"),
+        (("vae_plots", run, "--out", tmp_path / "f"), "expected a run on images, found 25gaus"),
         (
             ("vae", "sbmnist-mlp-hierarchical-implicit", "--base", "none"),
             "--base: sbmnist-mlp-hierarchical-implicit deviates from a Gaussian",
@@ -180,6 +213,7 @@ def test_errors_end_in_one_line(
         (("evaluate", tmp_path / "none"), "expected a run folder, found none"),
         ((*bench, "--json", tmp_path / "file" / "x.json"), "expected a writable file"),
         ((*bench, "--rows", "sbmnist-mlp-gauss"), "--rows: expected MNIST presets"),
+        (("bench", "step", "--steps", 0), "--steps: expected a positive number"),
     ]
     capsys.readouterr()
     for arguments, message in table:

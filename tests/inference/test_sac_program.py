@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from inference.sac import Training, seed_of
-from inference.sac_plots import multi_goal_paths
+from inference.sac_plots import learning_curves, multi_goal_paths
 from inference.sac_presets import PRESETS
 from tests.inference.conftest import ROOT, Program, assert_equal
 
@@ -167,7 +168,15 @@ def test_errors_end_in_one_line(
         (("sac", "pendulum-sac", *tiny, "--env", "CartPole-v1", *never), "actions in a Box"),
         (("sac", "pendulum-sac", *tiny, "--env", "Nothing-v3", *never), "a registered environment"),
         (("sac", "pendulum-sac", *tiny, "--gamma", 1, *never), "--gamma: expected a discount"),
+        (("sac", "pendulum-sac", *tiny, "--threads", 0, *never), "--threads: expected a positive"),
+        (("sac", "pendulum-sac", *tiny, "--device", "abacus", *never), "--device: expected one"),
+        (("sac", "hopper-sac-ardae", *tiny, "--noise-dim", 1, *never), "width at least, 3, found"),
+        (("sac", "multigoal-sac", *tiny, "--record-video", *never), "that renders pictures"),
         (("bandit", "--seconds", 0), "--seconds: expected a positive time"),
+        (("bandit", "--config.batch-size", 2), "--config.batch-size: expected one for each"),
+        (("bandit", "--config.gamma", 2), "--gamma: expected a discount"),
+        (("sac_plots", run, "--out", tmp_path / "none" / "x.png"), "expected a writable file"),
+        (("bench", "sac", "--updates", 0), "--updates: expected a positive number"),
         (("sac_plots", tmp_path / "none"), "expected a run folder, found none"),
         (("sac_plots",), "expected run folders, found none"),
         (("sac_plots", tmp_path / "none.csv"), "expected a learning.csv of inference.bench learn"),
@@ -200,6 +209,13 @@ def test_checkpoints_count_steps_of_each_environment(program: Program, tmp_path:
         patch.setattr("inference.sac.Training.cut_episodes", lambda self: cuts.append(1))
         program("sac", "pendulum-sac", *SMALL, *options, "--out", tmp_path / "run")
     assert len(cuts) == 2
+
+
+def test_curves_of_the_steps_that_all_seeds_have() -> None:
+    every = {"step": [1.0, 2.0, 3.0, 4.0], "eval_return": [1.0, 2.0, 3.0, 4.0]}
+    second = {"step": [2.0, 4.0, 6.0], "eval_return": [2.0, 4.0, 6.0]}
+    axes = learning_curves(Figure().subplots(), {"sac": [every, second]}, title="")
+    assert axes.lines[0].get_xydata().tolist() == [[2.0, 2.0], [4.0, 4.0]]  # type: ignore[union-attr]
 
 
 def test_seeds_of_purposes_and_steps_differ() -> None:

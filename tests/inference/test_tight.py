@@ -213,6 +213,9 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert all(f"| {row} | 0 | 2 |" in table for row in rows)
+    with pytest.raises(SystemExit):
+        program("bench", "vae", "--rows", *rows, "--seeds", 0, *options, "--budget-seconds", 9)
+    assert "budget_seconds is 3600.0 in the run, 9.0 here" in capsys.readouterr().err
 
 
 def test_bench_vae_refuses_unknown_rows(program: Program, tmp_path: Path) -> None:
