@@ -38,6 +38,7 @@ import tyro
 from torch import Tensor
 
 from inference.errors import UserError, check_options, user_errors
+from inference.grid import cell_divergence
 from inference.run import keep_freed_memory, write_csv
 from inference.sac_agent import Agent
 from inference.sac_policy import ImplicitPolicy
@@ -127,8 +128,8 @@ def _cells(values: Tensor, low: float, high: float, size: int) -> Tensor:
     return torch.bincount(flat, minlength=size ** values.shape[1]).double()
 
 
-def _masses(bandit: Bandit, obs: Tensor, dims: int) -> Tensor:
-    """Masses of p in the cells of the box, flat, by the midpoint rule."""
+def _log_masses(bandit: Bandit, obs: Tensor, dims: int) -> Tensor:
+    """Log-masses of p in the cells of the box, flat, by the midpoint rule."""
     cells, points = _CELLS[dims], _POINTS[dims]
     fine = cells * points
     axis = torch.linspace(-1, 1, 2 * fine + 1, dtype=torch.float64)[1::2]
@@ -136,14 +137,7 @@ def _masses(bandit: Bandit, obs: Tensor, dims: int) -> Tensor:
     density = bandit.log_prob(obs.double().expand(len(grid), -1), grid).exp() * (2 / fine) ** dims
     shape = (cells, points) * dims
     sums = density.reshape(shape).sum(tuple(range(1, 2 * dims, 2))).flatten()
-    return sums / sums.sum()
-
-
-def _kl(counts: Tensor, masses: Tensor) -> float:
-    total, hit = counts.sum(), counts > 0
-    share = counts[hit] / total
-    kl = (share * (share.log() - masses[hit].clamp_min(1e-300).log())).sum()
-    return float(kl - (hit.sum() - 1) / (2 * total))
+    return (sums / sums.sum()).clamp_min(1e-300).log()
 
 
 def _draws(agent: Agent, obs: Tensor, count: int) -> Tensor:
@@ -166,7 +160,8 @@ def evaluate(options: Options, bandit: Bandit, agent: Agent) -> list[dict[str, A
         if bandit.factorized:
             row |= _factorized(bandit, state, obs, action)
         else:
-            row["kl"] = _kl(_cells(action, -1, 1, _CELLS[dims]), _masses(bandit, obs, dims))
+            counts = _cells(action, -1, 1, _CELLS[dims])
+            row["kl"], _ = cell_divergence(counts, _log_masses(bandit, obs, dims))
             along = action @ bandit.centers[1, state]
             row |= {
                 "weight": float((along < 0).double().mean()),
@@ -182,8 +177,9 @@ def evaluate(options: Options, bandit: Bandit, agent: Agent) -> list[dict[str, A
 
 def _factorized(bandit: Bandit, state: int, obs: Tensor, action: Tensor) -> dict[str, float]:
     one = Bandit(1, alpha=bandit.alpha)
-    masses = _masses(one, obs, 1)
-    kls = [_kl(_cells(column.unsqueeze(-1), -1, 1, _CELLS[1]), masses) for column in action.T]
+    log_masses = _log_masses(one, obs, 1)
+    counts = (_cells(column.unsqueeze(-1), -1, 1, _CELLS[1]) for column in action.T)
+    kls = [cell_divergence(one, log_masses)[0] for one in counts]
     first = torch.tensor(Bandit.WEIGHTS[state], dtype=torch.float64)
     counts = _cells(action, -1, 1, 2)
     exact = torch.ones(1, dtype=torch.float64)

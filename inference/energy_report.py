@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -39,9 +38,7 @@ def table(config: Config, rows: Sequence[dict[str, Any]]) -> str:
 def draw(config: Config, histograms: Sequence[tuple[str, Tensor]]) -> Figure:
     """The density, and beside it the histogram of each guide's draws in the same colours."""
     density = grid.cell_log_masses(ENERGIES[config.energy]).exp()
-    figure = Figure(figsize=(3.6 * (1 + len(histograms)), 3.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 1 + len(histograms))
+    figure, panels = plots.subplots(1, 1 + len(histograms), width=3.6, height=3.9)
     shown = [(f"density, {config.energy}", density), *histograms]
     top = float(density.max())
     for axes, (title, mass) in zip(panels, shown, strict=True):

@@ -25,6 +25,7 @@ __all__ = [
     "mnist_figure",
     "save",
     "scatter",
+    "subplots",
     "toy_comparison",
     "toy_figure",
 ]
@@ -104,7 +105,7 @@ def posterior_of_points(axes: Axes, vae: VAE, x: Tensor, *, title: str) -> Axes:
 def toy_figure(vae: VAE, x: Tensor) -> Figure:
     """Data, reconstruction, samples, aggregate posterior against the prior, single posteriors."""
     x = x[:_NUM_POINTS]
-    figure, axes = _subplots(2, 3)
+    figure, axes = subplots(2, 3)
     latent = vae.posterior(x).sample()
     prior = vae.prior(x).sample(torch.Size((len(x),)))
     scatter(axes[0], x, title="data", limit=5.5)
@@ -120,7 +121,7 @@ def toy_figure(vae: VAE, x: Tensor) -> Figure:
 def toy_comparison(vaes: Sequence[tuple[str, VAE]], x: Tensor) -> Figure:
     """One row a guide: samples of the model, aggregate posterior, single posteriors."""
     x = x[:_NUM_POINTS]
-    figure, axes = _subplots(len(vaes), 3)
+    figure, axes = subplots(len(vaes), 3)
     for row, (name, vae) in enumerate(vaes):
         first, second, third = axes[3 * row : 3 * row + 3]
         prior = vae.prior(x).sample(torch.Size((len(x),)))
@@ -135,7 +136,7 @@ def toy_comparison(vaes: Sequence[tuple[str, VAE]], x: Tensor) -> Figure:
 def mnist_figure(vae: VAE, x: Tensor) -> Figure:
     """Data, reconstruction (pixel means) and samples (pixel means)."""
     x = x[:100]
-    figure, axes = _subplots(1, 3)
+    figure, axes = subplots(1, 3)
     prior = vae.prior(x).sample(torch.Size((100,)))
     images(axes[0], x, title="data")
     images(axes[1], vae.decoder(vae.posterior(x).sample()).mean, title="reconstruction")
@@ -155,8 +156,11 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _subplots(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+def subplots(
+    rows: int, columns: int, *, width: float = 4.0, height: float = 4.0
+) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row; each is so many inches wide and high."""
     # Without pyplot: no global state, no display needed.
-    figure = Figure(figsize=(4 * columns, 4 * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(np.ravel(figure.subplots(rows, columns)))

@@ -20,8 +20,6 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from inference import plots
@@ -117,7 +115,7 @@ def plane_density(axes: Axes, agent: Agent, obs: Tensor, *, title: str) -> Axes:
 
 def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[Path]:
     """Writes the figures of a run: learning curve, action densities, multi-goal trajectories."""
-    figure, axes = _figure(2)
+    figure, axes = plots.subplots(1, 2, width=5.5, height=4.5)
     learning_curves(axes[0], {config.agent: [read_metrics(path)]}, title=config.env)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -126,7 +124,7 @@ def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[P
             action_density(axes[1], agent, obs, title="policy in four states of the buffer")
         written = [plots.save(figure, path / "figures" / "run.png")]
         if config.env == "pyro_ardae/MultiGoal-v0":
-            figure, axes = _figure(2)
+            figure, axes = plots.subplots(1, 2, width=5.5, height=4.5)
             paths = multi_goal_paths(agent, config)
             trajectories(axes[0], paths, title=f"{config.agent}: {len(paths)} episodes")
             start = torch.zeros(2, device=config.device)
@@ -142,13 +140,6 @@ def multi_goal_paths(agent: Agent, config: Config, count: int = 40) -> list[Tens
     )
     steps = [episode.transitions for episode in episodes]
     return [torch.cat([one.obs, one.next_obs[-1:]]) for one in steps if one is not None]
-
-
-def _figure(columns: int) -> tuple[Figure, list[Axes]]:
-    # Without pyplot: no global state, no display needed.
-    figure = Figure(figsize=(5.5 * columns, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(np.ravel(figure.subplots(1, columns)))
 
 
 @dataclass(frozen=True)
@@ -199,7 +190,7 @@ def main() -> None:
         for path in options.runs:
             for env, agent, metrics in _read(path):
                 found[env][agent].append(metrics)
-        figure, axes = _figure(len(found))
+        figure, axes = plots.subplots(1, len(found), width=5.5, height=4.5)
         order = [agent for agents in found.values() for agent in agents]
         for one, (env, agents) in zip(axes, found.items(), strict=True):
             learning_curves(one, agents, title=env, order=order)

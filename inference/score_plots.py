@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
+from inference import plots
 from inference.score_table import EXACT, Rows
 from models.mixtures import GaussianMixture
 from models.targets import TARGETS, Target
@@ -97,7 +97,7 @@ def errors_figure(runs: Rows, reference: Mapping[str, float], draws: int) -> Fig
     columns = min(4, len(reference))
     rows = -(-len(reference) // columns)
     width = 13.6 / columns  # legend and title take the same room whatever the number of panels
-    figure, axes = _subplots(rows, columns, width, min(4.5, 0.82 * width))
+    figure, axes = plots.subplots(rows, columns, width=width, height=min(4.5, 0.82 * width))
     for one, (target, error) in zip(axes, reference.items(), strict=False):
         error_against_time(one, runs, target, reference=error, draws=draws, colours=colours)
     for one in axes[len(reference) :]:
@@ -162,7 +162,7 @@ def fields_figure(train: Train) -> Figure:
     One AR-DAE for each target. That of the swiss roll is trained on levels up to 1, so that one
     network gives the rows of sigma = 0 and of sigma = 1.
     """
-    figure, axes = _subplots(3, 2, 4.5, 4.5)
+    figure, axes = plots.subplots(3, 2, width=4.5, height=4.5)
     pairs = iter(zip(axes[::2], axes[1::2], strict=True))
     for name, limit, delta, levels in (
         ("ring", 3.5, 0.2, (0.0,)),
@@ -226,7 +226,7 @@ def levels_figure(train: Train) -> Figure:
     line, with a network's error on top, which the one that is not residual divides by sigma
     squared. AR-DAE learns on sigma up to this one, and is queried at sigma = 0.
     """
-    figure, (axes,) = _subplots(1, 1, 6, 4.5)
+    figure, (axes,) = plots.subplots(1, 1, width=6, height=4.5)
     target = TARGETS["mixture1"]()
     assert isinstance(target, GaussianMixture)
     curves: dict[str, list[float]] = {}
@@ -253,10 +253,3 @@ def _square(size: int, limit: float) -> Tensor:
     """``[size * size, 1, 2]``, row by row from below."""
     axis = torch.linspace(-limit, limit, size)
     return torch.cartesian_prod(axis, axis)[:, [1, 0]].unsqueeze(1)
-
-
-def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    # Without pyplot: no global state, no display needed.
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(np.ravel(figure.subplots(rows, columns)))

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -120,7 +119,7 @@ def model_figure(vae: VAE, x: Tensor, *, name: str) -> Figure:
 
     :param Tensor x: images, 50 at least.
     """
-    figure, axes = _figure(1, 3, height=4.6)
+    figure, axes = plots.subplots(1, 3, width=4.6, height=4.6)
     shown = x[:50].reshape(5, 10, -1)
     again = vae.decoder(vae.posterior(x[:50]).sample()).mean.reshape(5, 10, -1)
     both = torch.stack([shown, again], 1).reshape(100, -1)
@@ -137,7 +136,7 @@ def posterior_figure(columns: Mapping[str, Sequence[PlanePosterior]]) -> Figure:
     :param columns: by name of the run the same images for each.
     """
     count = len(next(iter(columns.values())))
-    figure, axes = _figure(len(columns), count, height=3.2, width=3.0)
+    figure, axes = plots.subplots(len(columns), count, width=3.0, height=3.2)
     for row, (name, posteriors) in enumerate(columns.items()):
         for column, one in enumerate(posteriors):
             _draw(axes[row * count + column], one, name if column == 0 else "")
@@ -156,16 +155,6 @@ def _draw(axes: Axes, one: PlanePosterior, name: str) -> None:
     axes.contour(*centres, masses.mT.cpu().numpy(), levels=levels, colors="k", linewidths=0.8)
     axes.set(xlim=(left, right), ylim=(bottom, top), ylabel=name, title=f"KL {one.kl:.2f}")
     axes.tick_params(labelsize=7)
-
-
-def _figure(
-    rows: int, columns: int, *, height: float = 4.5, width: float | None = None
-) -> tuple[Figure, list[Axes]]:
-    # Without pyplot: no global state, no display needed.
-    size = ((width or height) * columns, height * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(np.ravel(figure.subplots(rows, columns)))
 
 
 def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Path]:
@@ -232,7 +221,7 @@ def draw(options: Options) -> list[Path]:
         if vae.latent_dim == 2:
             plane[run] = (config, vae)
     if metrics:
-        figure, axes = _figure(1, 1, height=5, width=7)
+        figure, axes = plots.subplots(1, 1, width=7, height=5)
         log_px_curves(axes[0], metrics, title="importance-sampled log p(x) while training")
         written.append(plots.save(figure, options.out / "log_px.png"))
     return written + (_plane(plane, options) if plane else [])
