@@ -6,10 +6,12 @@
 #   make test         the fast tests            make lint     ruff and mypy
 #   make test-slow    the slow ones             make format   ruff's fixes and layout
 #   make docs         docs/_build/html          make clean    all that was made, .venv excepted
-# Variables: PYTHON (the interpreter that makes .venv), PYTEST_ARGS (e.g. "-k score -x").
+# Variables: PYTHON (the interpreter that makes .venv), PYTEST_ARGS (e.g. "-k score -x"),
+# WORKERS (processes of the fast tests; 0: this one).
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.installed
 
@@ -19,7 +21,7 @@ demo: $(READY)
 	$(BIN)/python -m inference.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
