@@ -39,7 +39,7 @@ from torch import Tensor
 
 from inference.errors import UserError, check_options, user_errors
 from inference.grid import cell_divergence
-from inference.run import keep_freed_memory, write_csv
+from inference.run import keep_freed_memory, make_folder, use_threads, write_csv
 from inference.sac_agent import Agent
 from inference.sac_policy import ImplicitPolicy
 from inference.sac_presets import AgentName, Config, build_policy, check
@@ -178,8 +178,8 @@ def evaluate(options: Options, bandit: Bandit, agent: Agent) -> list[dict[str, A
 def _factorized(bandit: Bandit, state: int, obs: Tensor, action: Tensor) -> dict[str, float]:
     one = Bandit(1, alpha=bandit.alpha)
     log_masses = _log_masses(one, obs, 1)
-    counts = (_cells(column.unsqueeze(-1), -1, 1, _CELLS[1]) for column in action.T)
-    kls = [cell_divergence(one, log_masses)[0] for one in counts]
+    columns = action.unsqueeze(-1).unbind(1)
+    kls = [cell_divergence(_cells(x, -1, 1, _CELLS[1]), log_masses)[0] for x in columns]
     first = torch.tensor(Bandit.WEIGHTS[state], dtype=torch.float64)
     counts = _cells(action, -1, 1, 2)
     exact = torch.ones(1, dtype=torch.float64)
@@ -213,10 +213,9 @@ def _log_prob_error(agent: Agent, obs: Tensor, z: Tensor) -> dict[str, float]:
 def main() -> None:
     """Trains policies on the bandits and compares them with the best ones."""
     options = tyro.cli(Options, prog="python -m inference.bandit", description=__doc__)
-    # A global of the process, which this program owns.
-    torch.set_num_threads(options.threads)
     keep_freed_memory()
     with user_errors():
+        use_threads(options.threads)
         _run(options)
 
 
@@ -238,10 +237,7 @@ def _run(options: Options) -> None:
             f"--config.batch-size: expected one for each of {Bandit.NUM_STATES} states at least, "
             f"found {options.config.batch_size}"
         )
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{options.out}: expected a writable folder, found: {error}") from None
+    make_folder(options.out)
     rows = []
     for seed in options.seeds:
         for name in options.bandits:

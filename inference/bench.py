@@ -48,12 +48,12 @@ from pyro.infer import SVI
 
 from inference.bench_learn import Learn, bench_learn
 from inference.bench_rows import bench_rows, describe_rows
-from inference.bench_sac import Sac, bench_sac, report
+from inference.bench_sac import Sac, bench_sac, describe_sac
 from inference.bench_vae import Vae, bench_vae
 from inference.errors import UserError, check_device, check_options, user_errors
 from inference.optim import TorchOptim
 from inference.presets import PRESETS, build_loss, build_score_estimator, build_vae
-from inference.run import keep_freed_memory
+from inference.run import keep_freed_memory, use_threads
 from pyro_ardae.score.student import Student
 
 __all__ = ["Step", "bench_step", "main"]
@@ -255,12 +255,10 @@ def _step_main(options: Annotated[Step, tyro.conf.arg(name="")]) -> None:
             (
                 (options.steps > 0, "steps", "a positive number"),
                 (options.warmup >= 0, "warmup", "no negative number"),
-                (options.threads > 0, "threads", "a positive number"),
             ),
         )
         check_device(options.device)
-        # A global of the process, which this program owns.
-        torch.set_num_threads(options.threads)
+        use_threads(options.threads)
         if options.rows:
             figures = bench_rows(
                 options.rows,
@@ -307,17 +305,17 @@ def _write(path: Path | None, figures: dict[str, Any]) -> None:
 def _sac_main(options: Annotated[Sac, tyro.conf.arg(name="")]) -> None:
     """Times one soft actor-critic update of each agent and of Stable-Baselines3's."""
     with user_errors():
-        # A global of the process, which this program owns.
-        torch.set_num_threads(options.threads)
+        use_threads(options.threads)
         keep_freed_memory()
-        report(bench_sac(options), options.json)
+        figures = bench_sac(options)
+        print(describe_sac(figures))
+        _write(options.json, figures)
 
 
 def _vae_main(options: Annotated[Vae, tyro.conf.arg(name="")]) -> None:
     """Trains VAE presets at one wall-clock budget each and compares them."""
     with user_errors():
-        # A global of the process, which this program owns.
-        torch.set_num_threads(options.threads)
+        use_threads(options.threads)
         keep_freed_memory()
         bench_vae(options)
 
@@ -325,8 +323,7 @@ def _vae_main(options: Annotated[Vae, tyro.conf.arg(name="")]) -> None:
 def _learn_main(options: Annotated[Learn, tyro.conf.arg(name="")]) -> None:
     """Trains agents and Stable-Baselines3's on tasks, and compares their returns."""
     with user_errors():
-        # A global of the process, which this program owns.
-        torch.set_num_threads(1)
+        use_threads(1)
         keep_freed_memory()
         bench_learn(options)
 

@@ -40,7 +40,7 @@ COLUMNS = (
 
 Learner = Literal["sac", "sac-ardae", "sac-nf", "sb3"]
 
-#: Options of which the figures do not depend.
+#: Options on which the figures do not depend.
 _MAY_DIFFER = ("device", "threads", "out", "resume", "record_video")
 
 

@@ -14,7 +14,6 @@ defaults, which are the same sizes.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from inference.replay import Batch, Replay
 from inference.sac_agent import Agent
 from inference.sac_presets import PRESETS, TASKS, AgentName, build_critic, build_policy
 
-__all__ = ["Sac", "bench_sac", "report"]
+__all__ = ["Sac", "bench_sac", "describe_sac"]
 
 OBS_DIM, ACTION_DIM, TRANSITIONS = 17, 6, 5000
 
@@ -162,17 +161,11 @@ def bench_sac(options: Sac) -> dict[str, Any]:
     }
 
 
-def report(figures: dict[str, Any], path: Path | None) -> None:
-    """Prints the figures, and writes them to a file if one is given.
-
-    :raises UserError: if it cannot be written.
-    """
+def describe_sac(figures: dict[str, Any]) -> str:
+    """The figures in words, a line for each agent."""
+    lines = []
     for name, ms in figures["ms"].items():
         ratio = figures["ratio_to_sb3"].get(name)
         shown = "" if ratio is None else f", {ratio:.2f} of Stable-Baselines3's"
-        print(f"{name}: {ms:.2f} ms an update{shown}")
-    if path is not None:
-        try:
-            path.write_text(json.dumps(figures, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{path}: expected a writable file, found: {error}") from None
+        lines.append(f"{name}: {ms:.2f} ms an update{shown}")
+    return "\n".join(lines)

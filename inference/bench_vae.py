@@ -35,7 +35,7 @@ from inference.errors import UserError, check_device
 from inference.evaluate import describe_tight, evaluate_tight, restore
 from inference.posterior_table import write
 from inference.presets import PRESETS, Config, build_data
-from inference.run import RunFolder
+from inference.run import RunFolder, make_folder
 from inference.tight import Tight, load
 from inference.vae import run
 
@@ -104,18 +104,13 @@ def bench_vae(options: Vae) -> Path:
     if unknown or not options.rows:
         raise UserError(f"--rows: expected presets of inference.vae, found {unknown or 'none'}")
     check_device(options.device)
-    if options.threads < 1:
-        raise UserError(f"--threads: expected a positive number, found {options.threads}")
     if options.budget_seconds <= 0 or not options.seeds or options.timed_steps < 1:
         raise UserError(
             "--budget-seconds, --seeds, --timed-steps: expected a positive time, one seed at least "
             f"and one step at least, found {options.budget_seconds}, {options.seeds}, "
             f"{options.timed_steps}"
         )
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{options.out}: expected a writable folder, found: {error}") from None
+    make_folder(options.out)
     _settle(options)
     path = options.out / "steps.csv"
     steps = read_steps(path)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyro
-import torch
 import tyro
 
 from inference import plots
@@ -24,6 +23,7 @@ from inference.data import ToyData
 from inference.errors import user_errors
 from inference.evaluate import restore
 from inference.presets import PRESETS
+from inference.run import use_threads
 from inference.vae import run
 from models.toy import EXPECTED_LOG_PROB
 
@@ -108,9 +108,8 @@ def demonstrate(options: Demo) -> Path:
 def main() -> None:
     """Runs the demonstration."""
     options = tyro.cli(Demo, prog="python -m inference.demo", description=__doc__)
-    # A global of the process, which this program owns.
-    torch.set_num_threads(options.threads)
     with user_errors():
+        use_threads(options.threads)
         demonstrate(options)
 
 

@@ -38,7 +38,7 @@ from inference.energy_presets import PRESETS, Config, Guide, check
 from inference.energy_report import draw, table
 from inference.errors import UserError, user_errors
 from inference.optim import TorchOptim
-from inference.run import RunFolder, write_csv
+from inference.run import RunFolder, use_threads, write_csv
 from models.energies import ENERGIES, log_normalizer
 from models.networks import ACTIVATIONS
 from models.unconditional import FlowPosterior, GaussianPosterior, ImplicitPosterior
@@ -265,9 +265,8 @@ def main() -> None:
     config = tyro.extras.overridable_config_cli(
         PRESETS, prog="python -m inference.energy", description=__doc__
     )
-    # A global of the process, which this program owns.
-    torch.set_num_threads(config.threads)
     with user_errors():
+        use_threads(config.threads)
         run(config)
 
 

@@ -29,7 +29,7 @@ from inference.data import Dataset
 from inference.errors import UserError, check_device, user_errors
 from inference.precision import full_precision
 from inference.presets import Config, build_data, build_vae
-from inference.run import RunFolder
+from inference.run import RunFolder, use_threads
 from inference.tight import (
     POINTS_AT_ONCE,
     Tight,
@@ -287,8 +287,7 @@ def main() -> None:
         }
         config, vae = restore(options.run, **given)
         if config.threads is not None:
-            # A global of the process, which this program owns.
-            torch.set_num_threads(config.threads)
+            use_threads(config.threads)
         if options.ais:
             figures = evaluate_tight(options.run, config, vae, options.tight)
             density = "elbo_energy" not in load(options.run)

@@ -43,7 +43,6 @@ from pathlib import Path
 
 import numpy as np
 import pyro
-import torch
 import tyro
 from torch import Tensor
 from tqdm import tqdm
@@ -54,7 +53,7 @@ from inference.plots import save
 from inference.posterior_table import COLUMNS, FLOOR, MOMENTS, Key, Row, read, table, write
 from inference.posterior_training import Config, Training
 from inference.reference import R_HAT_LIMIT, Reference, reference
-from inference.run import RunFolder
+from inference.run import RunFolder, use_threads
 from models.posterior_guides import GUIDES
 from models.posteriors import POSTERIORS, Posterior
 
@@ -235,9 +234,8 @@ def _check(config: Config) -> None:
 def main() -> None:
     """Compares guides with posteriors."""
     config = tyro.cli(Config, prog="python -m inference.posterior", description=__doc__)
-    # A global of the process, which this program owns.
-    torch.set_num_threads(config.threads)
     with user_errors():
+        use_threads(config.threads)
         compare(config)
 
 

@@ -39,8 +39,10 @@ __all__ = [
     "RunFolder",
     "keep_freed_memory",
     "load_rng_state",
+    "make_folder",
     "read_metrics",
     "rng_state",
+    "use_threads",
     "write_csv",
 ]
 
@@ -117,9 +119,8 @@ class RunFolder:
 
         ``config.json`` then holds the options of this call.
         """
-        cls.require(path, config, may_differ=may_differ)
+        recorded = cls.require(path, config, may_differ=may_differ)
         folder = cls(path, columns)
-        recorded = cls.read_config(path)
         kept = {key: recorded.get(key) for key in ("out", "resume")}
         try:
             folder.write_json("config.json", {**recorded, **config, **kept})
@@ -129,8 +130,10 @@ class RunFolder:
         return folder
 
     @classmethod
-    def require(cls, path: Path, config: Mapping[str, Any], *, may_differ: Sequence[str]) -> None:
-        """Refuses a folder whose run has other options.
+    def require(
+        cls, path: Path, config: Mapping[str, Any], *, may_differ: Sequence[str]
+    ) -> dict[str, Any]:
+        """Refuses a folder whose run has other options; returns those of the run.
 
         :param Sequence[str] may_differ: options that need not be those of the run.
         :raises UserError: if there is no run, or its options differ.
@@ -144,6 +147,7 @@ class RunFolder:
         ]
         if differing:
             raise UserError(f"{path}: expected the run's options, found: " + "; ".join(differing))
+        return recorded
 
     @staticmethod
     def read_config(path: Path) -> dict[str, Any]:
@@ -249,6 +253,27 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
         raise UserError(f"{path}: expected a run folder, found: {error}") from None
     columns = rows[0] if rows else {}
     return {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in columns}
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder where there is none.
+
+    :raises UserError: if it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: expected a writable folder, found: {error}") from None
+
+
+def use_threads(count: int) -> None:
+    """Sets torch's number of CPU threads, a global of the process: for programs.
+
+    :raises UserError: if it is not positive.
+    """
+    if count < 1:
+        raise UserError(f"--threads: expected a positive number, found {count}")
+    torch.set_num_threads(count)
 
 
 def keep_freed_memory() -> None:

@@ -42,7 +42,14 @@ from inference.rollout import (
     record_episode,
     return_figures,
 )
-from inference.run import RunFolder, keep_freed_memory, load_rng_state, read_metrics, rng_state
+from inference.run import (
+    RunFolder,
+    keep_freed_memory,
+    load_rng_state,
+    read_metrics,
+    rng_state,
+    use_threads,
+)
 from inference.sac_agent import Agent
 from inference.sac_presets import MAY_DIFFER, PRESETS, Config, build_critic, build_policy, check
 from models.environments import MultiGoal
@@ -279,9 +286,7 @@ def main() -> None:
     )
     keep_freed_memory()
     with user_errors():
-        check(config)
-        # A global of the process, which this program owns.
-        torch.set_num_threads(config.threads)
+        use_threads(config.threads)
         run(config)
 
 

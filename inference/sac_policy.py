@@ -120,7 +120,7 @@ class ImplicitPolicy(nn.Module):
 
     :param ImplicitActor actor: the actor.
     :param ScoreEstimator estimator: of the score of y given state and part (as a context of
-        ``obs_dim + K``), with ``log_prob``.
+        ``obs_dim + K``), with ``log_prob`` and without whitening: it is queried by single draws.
     :param int num_draws: draws per state by which the score is learned, > 1.
     :param float bound: magnitude of z from which on :meth:`rsample` counts excess, > 0. Beyond 4
         the tanh is flat, and only the entropy would still move a draw.

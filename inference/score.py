@@ -50,7 +50,7 @@ from tqdm import tqdm
 from inference import score_plots
 from inference.errors import UserError, user_errors
 from inference.plots import save
-from inference.run import RunFolder
+from inference.run import RunFolder, use_threads
 from inference.score_table import COLUMNS, Key, Row, Rows, read, table, write
 from models.targets import TARGETS, Target
 from pyro_ardae.score import (
@@ -361,9 +361,8 @@ def _check(options: Score) -> None:
 def main() -> None:
     """Compares score estimators."""
     options = tyro.cli(Score, prog="python -m inference.score", description=__doc__)
-    # A global of the process, which this program owns.
-    torch.set_num_threads(options.threads)
     with user_errors():
+        use_threads(options.threads)
         compare(options)
 
 

@@ -57,7 +57,7 @@ from inference.presets import (
     build_vae,
     check,
 )
-from inference.run import RunFolder, keep_freed_memory, load_rng_state, rng_state
+from inference.run import RunFolder, keep_freed_memory, load_rng_state, rng_state, use_threads
 from inference.surrogate import surrogate_loss
 from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
@@ -321,10 +321,8 @@ def main() -> None:
     keep_freed_memory()
     pyro.clear_param_store()
     with user_errors():
-        check(config)
-        # Globals of the process, which this program owns.
         if config.threads is not None:
-            torch.set_num_threads(config.threads)
+            use_threads(config.threads)
         run(config)
 
 

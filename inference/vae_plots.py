@@ -31,7 +31,7 @@ from inference.evaluate import restore
 from inference.plane_posterior import PlanePosterior, plane_posterior
 from inference.precision import full_precision
 from inference.presets import Config, build_data
-from inference.run import read_metrics, write_csv
+from inference.run import make_folder, read_metrics, write_csv
 from models.vae import VAE
 
 __all__ = ["log_px_curves", "main", "model_figure", "posterior_figure", "traversals"]
@@ -192,10 +192,7 @@ def draw(options: Options) -> list[Path]:
     """Writes the figures; returns their paths."""
     if not options.runs:
         raise UserError("RUNS: expected one run folder at least, found none")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{options.out}: expected a writable folder, found: {error}") from None
+    make_folder(options.out)
     times = {} if options.step_times is None else read_steps(options.step_times)
     given = {"data_dir": options.data_dir, "device": options.device}
     changes = {name: value for name, value in given.items() if value is not None}

@@ -235,13 +235,9 @@ class _ImplicitELBO:
         """The loss as a tensor, for a loop of one's own; trains the score estimators first, unless
         gradients are off.
         """
-        result: Tensor
-        if torch.is_grad_enabled():
-            with self._learn():
-                result = super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
-        else:
-            result = super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
-        return result
+        with self._learn() if torch.is_grad_enabled() else nullcontext():
+            loss: Tensor = super().differentiable_loss(model, guide, *args, **kwargs)  # type: ignore[misc]
+            return loss
 
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
         self._watch(guide)

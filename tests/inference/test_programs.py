@@ -214,6 +214,8 @@ def test_errors_end_in_one_line(
         ((*bench, "--json", tmp_path / "file" / "x.json"), "expected a writable file"),
         ((*bench, "--rows", "sbmnist-mlp-gauss"), "--rows: expected MNIST presets"),
         (("bench", "step", "--steps", 0), "--steps: expected a positive number"),
+        (("bench", "vae", "--threads", 0), "--threads: expected a positive number"),
+        (("demo", "--threads", 0), "--threads: expected a positive number"),
     ]
     capsys.readouterr()
     for arguments, message in table:
