@@ -132,8 +132,8 @@ class Agent:
         if other is not None:
             # With the best odds, draws cost the same on average whatever their part.
             with torch.no_grad():
-                of_other = self.critic(obs, other.z.tanh()).amin(0)
-                excess = cost.detach() - (self.alpha * other.log_pi - of_other)
+                of_other = self.critic(obs[other.rows], other.z.tanh()).amin(0)
+                excess = cost.detach()[other.rows] - (self.alpha * other.log_pi - of_other)
                 limit = self.MAX_EXCESS * self.alpha
             loss = loss + (excess.clamp(-limit, limit) * other.log_odds).mean()
         loss.backward()

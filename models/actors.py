@@ -330,7 +330,7 @@ class ImplicitActor(nn.Module):
         :math:`\log \sigma'`.
         """
         code = self.codes[part]
-        hidden = torch.relu(encoded.seen + self.of_part(code))
+        hidden = (encoded.seen + self.of_part(code)).relu_()
         loc, log_scale = self.side(hidden).chunk(2, -1)
         return loc + code @ self.spots, log_scale.clamp(*_LOG_SCALE)
 
@@ -343,9 +343,9 @@ class ImplicitActor(nn.Module):
         noise, last = noise.split([self.noise_dim, self.action_dim], -1)
         code = self.codes[part]
         inputs = torch.cat([noise, code.expand(len(noise), *code.shape[1:])], -1)
-        hidden = torch.relu(encoded.seen + self.noise_scale * self.of_noise(inputs))
+        hidden = torch.add(encoded.seen, self.of_noise(inputs), alpha=self.noise_scale).relu_()
         center, raw = self.net(hidden).chunk(2, -1)
-        center = center + self.base_scale * noise[..., : self.action_dim]
+        center = torch.add(center, noise[..., : self.action_dim], alpha=self.base_scale)
         return torch.addcmul(center, F.softplus(raw) + self.min_scale, last)
 
     def forward(self, obs: Tensor, part: Tensor, noise: Tensor) -> Tensor:
@@ -435,3 +435,23 @@ class PartPosterior(nn.Module):
         prior = encoded.log_weights.detach().clone()
         prior[:even] = 0.0
         return (prior + evidence + u @ self.slope).log_softmax(-1)
+
+    @torch.no_grad()
+    def value_and_gradient(
+        self, encoded: Encoded, u: Tensor, part: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log r of one part each ``[B]`` and its gradient by u ``[B, D]``, written out.
+
+        :param u: ``[B, D]``.
+        :param part: ``[B]``.
+        """
+        first, _, last = self.net.layers
+        a = self.of_state(encoded.seen) + self.of_draw(u)
+        b = first(F.silu(a))
+        log_r = (encoded.log_weights + last(F.silu(b)) + u @ self.slope).log_softmax(-1)
+        index = part.unsqueeze(-1)
+        value = log_r.gather(-1, index).squeeze(-1)
+        of_logits = log_r.exp_().neg_().scatter_add_(-1, index, torch.ones_like(u[:, :1]))
+        of_b = torch.ops.aten.silu_backward(of_logits @ last.weight, b)
+        of_a = torch.ops.aten.silu_backward(of_b @ first.weight, a)
+        return value, torch.addmm(of_logits @ self.slope.mT, of_a, self.of_draw.weight)

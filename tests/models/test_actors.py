@@ -176,6 +176,14 @@ def test_posterior_of_the_parts_starts_exact_and_normalizes() -> None:
     with torch.no_grad():
         posterior.net.last.weight.normal_()
     assert torch.allclose(posterior(encoded, u).exp().sum(-1), torch.ones(7, 5), atol=1e-12)
+    # Of one part each, with the gradient by autograd.
+    part = torch.randint(16, (5,))
+    u = u[0].requires_grad_()
+    told = posterior(encoded, u.unsqueeze(0))[0, torch.arange(5), part]
+    (by_u,) = torch.autograd.grad(told.sum(), u)
+    value, gradient = posterior.value_and_gradient(encoded, u, part)
+    assert torch.allclose(value, told, rtol=0, atol=1e-12)
+    assert torch.allclose(gradient, by_u, rtol=0, atol=1e-12)
 
 
 def test_spread_before_training() -> None:
