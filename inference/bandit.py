@@ -37,7 +37,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from inference.errors import UserError, check_options, user_errors
+from inference.errors import UserError, check_options, check_unread, user_errors
 from inference.grid import cell_divergence
 from inference.run import keep_freed_memory, make_folder, use_threads, write_csv
 from inference.sac_agent import Agent
@@ -47,6 +47,14 @@ from models.actors import log_tanh_slope
 from models.environments import BANDITS, Bandit
 
 __all__ = ["Options", "evaluate", "main", "train"]
+
+#: Options of the agent that a bandit does not read.
+_UNREAD = (
+    *("env", "steps", "num_envs", "seed", "device", "threads", "out", "resume", "eval_every"),
+    *("eval_episodes", "checkpoint_every", "save_buffer", "record_video", "buffer_size"),
+    *("learning_starts", "gamma", "tau", "learning_rate", "policy_delay", "alpha"),
+    *("target_entropy", "subtract_entropy_mean"),
+)
 
 #: Cells a side of the action's box, and quadrature points a side of each.
 _CELLS = {1: 400, 2: 200}
@@ -231,14 +239,20 @@ def _run(options: Options) -> None:
             (0 <= options.decay_start < 1, "decay-start", "a share in [0, 1)"),
         ),
     )
-    check(options.config)
-    if options.config.batch_size < Bandit.NUM_STATES:
+    least = 8 * Bandit.NUM_STATES  # so that each state has all that the batch's places do
+    if options.config.batch_size < least:
         raise UserError(
-            f"--config.batch-size: expected one for each of {Bandit.NUM_STATES} states at least, "
-            f"found {options.config.batch_size}"
+            f"--config.batch-size: expected {least} at least, found {options.config.batch_size}"
         )
+    config = dataclasses.replace(options.config, agent="sac-ardae")
+    check(config)
+    check_unread(config, Config(agent="sac-ardae"), _UNREAD, reader="the bandit")
+    for agent_name in options.agents:
+        for name in options.bandits:  # what cannot be built is refused before anything runs
+            config = dataclasses.replace(options.config, agent=agent_name)
+            build_policy(config, Bandit.NUM_STATES, BANDITS[name].action_dim)
     make_folder(options.out)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed in options.seeds:
         for name in options.bandits:
             for agent_name in options.agents:
@@ -252,9 +266,9 @@ def _run(options: Options) -> None:
                         for k, v in row.items()
                     )
                     print(", ".join(shown), flush=True)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = ([row.get(column, "") for column in columns] for row in rows)
-    write_csv(options.out / "results.csv", columns, lines)
+                columns = list(dict.fromkeys(column for row in rows for column in row))
+                lines = ([row.get(column, "") for column in columns] for row in rows)
+                write_csv(options.out / "results.csv", columns, lines)
 
 
 if __name__ == "__main__":

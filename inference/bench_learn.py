@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from inference.errors import UserError
-from inference.run import RunFolder, read_metrics, write_csv
-from inference.sac_presets import PRESETS, TASKS, AgentName, Config
+from inference.run import RunFolder, read_metrics, seed_of, write_csv
+from inference.sac_presets import PRESETS, TASKS, AgentName, Config, check
 
 __all__ = ["Learn", "bench_learn", "table"]
 
@@ -67,21 +67,22 @@ def bench_learn(options: Learn) -> Path:
     unknown = {*options.tasks} - {*TASKS.values()}
     if unknown:
         raise UserError(f"--tasks: expected some of {', '.join(TASKS.values())}, found {unknown}")
-    runs: dict[tuple[str, str, int], Path] = {}
+    runs: dict[tuple[str, Learner, int], Config] = {}
     for seed in options.seeds:
         for task in options.tasks:
             for agent in options.agents:
                 path = options.out / f"{task}-{agent}-seed{seed}"
-                config = _config(options, task, agent, seed, path)
-                done = (path / "results.json").exists()
-                if done or (path / "checkpoints" / "latest.pt").exists():
+                config = runs[task, agent, seed] = _config(options, task, agent, seed, path)
+                check(config)
+                if (path / "config.json").exists():
                     # The table would show a run of other options beside the others.
                     RunFolder.require(path, _options(config, agent), may_differ=_MAY_DIFFER)
-                if not done:
-                    _learn_sb3(config, path) if agent == "sb3" else _learn(config, path)
-                runs[task, agent, seed] = path
-                _write(options.out)
-    print(table(runs))
+    for (_, agent, _), config in runs.items():
+        assert config.out is not None
+        if not (config.out / "results.json").exists():
+            _learn_sb3(config, config.out) if agent == "sb3" else _learn(config, config.out)
+        _write(options.out)
+    print(table({key: options.out / "{}-{}-seed{}".format(*key) for key in runs}))
     return options.out / "learning.csv"
 
 
@@ -104,9 +105,15 @@ def _learn(config: Config, path: Path) -> None:
 
     if (path / "checkpoints" / "latest.pt").exists():
         config = dataclasses.replace(config, out=None, resume=path)
-    elif path.exists():
-        shutil.rmtree(path)  # stopped before its first checkpoint
+    else:
+        _discard(path)  # stopped before its first checkpoint
     sac.run(config)
+
+
+def _discard(path: Path) -> None:
+    """Removes what a stopped run has left, nothing else."""
+    if (path / "config.json").exists():
+        shutil.rmtree(path)
 
 
 def _learn_sb3(config: Config, path: Path) -> None:
@@ -122,10 +129,8 @@ def _learn_sb3(config: Config, path: Path) -> None:
             'pip install "pyro-ardae[rl,bench]"'
         ) from None
     from inference.rollout import Episode, evaluate, return_figures, wrap
-    from inference.sac import seed_of
 
-    if path.exists():
-        shutil.rmtree(path)
+    _discard(path)
     folder = RunFolder.create(path, _options(config, "sb3"), COLUMNS)
     model = SAC(
         "MlpPolicy",

@@ -42,6 +42,23 @@ def check_options(options: Any, conditions: Iterable[tuple[bool, str, str]]) -> 
             raise UserError(f"--{option}: expected {expected}, found {found}")
 
 
+def check_unread(options: Any, defaults: Any, names: Iterable[str], *, reader: str) -> None:
+    """Refuses options that would be ignored.
+
+    :param options: a dataclass of options.
+    :param defaults: one whose values count as not given.
+    :param names: the options that are not read.
+    :param str reader: what does not read them.
+    :raises UserError: for the first that is not left at its default.
+    """
+    for name in names:
+        if getattr(options, name) != getattr(defaults, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: {reader} does not read it, expected it to be left "
+                f"out, found {getattr(options, name)!r}"
+            )
+
+
 def check_device(device: str) -> None:
     """Refuses a device that torch cannot use here.
 

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from inference.build import build_data, build_loss, build_score_estimator, build_vae
-from inference.errors import UserError, check_device, check_options
+from inference.errors import UserError, check_device, check_options, check_unread
 from inference.options import MAY_DIFFER, SCORED, Config
 
 __all__ = [
@@ -287,12 +287,7 @@ def check(config: Config) -> None:
     unread |= {"images", "download"} if config.data != "dbmnist" else set()
     unread |= {"train_on_valid"} if toy else {"decoder_input_scale"}
     unread |= {"activation", "decoder_activation"} if residual else set()
-    for name in sorted(unread):
-        if getattr(config, name) != getattr(default, name):
-            raise UserError(
-                f"--{name.replace('_', '-')}: {config.preset} does not read it, expected it to be "
-                f"left out, found {getattr(config, name)!r}"
-            )
+    check_unread(config, default, sorted(unread), reader=config.preset)
     if config.guide == "hierarchical-implicit" and config.base == "none":
         raise UserError(
             f"--base: {config.preset} deviates from a Gaussian, expected diagonal or full, "

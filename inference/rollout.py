@@ -16,7 +16,7 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.error import DependencyNotInstalled, Error
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.wrappers import FlattenObservation, RescaleAction, TransformAction
+from gymnasium.wrappers import FlattenObservation, TransformAction
 from PIL import Image
 from torch import Tensor
 
@@ -37,6 +37,9 @@ __all__ = [
 
 #: Actions ``[B, D]`` in (-1, 1) for observations ``[B, obs_dim]``.
 Act = Callable[[Tensor], Tensor]
+
+#: Steps after which an episode is taken for endless: an evaluation waits for its end.
+ENDLESS = 50_000
 
 
 class Episode(NamedTuple):
@@ -83,12 +86,18 @@ def wrap(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
     :raises UserError: if its spaces are not bounded boxes of real numbers.
     """
     _check(env, env.spec.id if env.spec else "environment")
-    if len(env.action_space.shape or ()) != 1:
-        inner = env.action_space
-        flat = Box(inner.low.ravel(), inner.high.ravel(), dtype=inner.dtype.type)  # type: ignore[attr-defined]
-        env = TransformAction(env, lambda action: action.reshape(inner.shape), flat)
-    one = env.action_space.dtype.type(1)  # type: ignore[union-attr]
-    return RescaleAction(FlattenObservation(env), -one, one)
+    space = env.action_space
+    assert isinstance(space, Box)
+    low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
+    kind = space.dtype.type  # type: ignore[union-attr]
+
+    def scale(action: Any) -> Any:
+        # gymnasium's RescaleAction leaves the box by rounding, and divides by its width.
+        share = (np.asarray(action, np.float64) + 1) / 2
+        scaled = np.clip(low + share * (high - low), low, high)
+        return scaled.astype(kind).reshape(space.shape)
+
+    return TransformAction(FlattenObservation(env), scale, Box(-1, 1, low.shape, kind))
 
 
 def make_envs(env_id: str, num_envs: int, **options: Any) -> VectorEnv[Any, Any, Any]:
@@ -193,6 +202,11 @@ class Collector:
             self._indices[i], self._started = self._started, self._started + 1
         return batch
 
+    @property
+    def longest(self) -> int:
+        """Steps so far of the longest running episode."""
+        return int(self._lengths.max())
+
     def take_finished(self) -> list[Episode]:
         """The episodes that ended since the last call."""
         finished, self._finished = self._finished, []
@@ -239,6 +253,7 @@ def evaluate(
     :param int seed: seed of environments and policy.
     :returns: as many of each environment, with their transitions; those that finish first would be
         the short ones.
+    :raises UserError: if an episode does not end.
     """
     side_by_side = max(n for n in range(1, 11) if episodes % n == 0)
     counts = [episodes // side_by_side] * side_by_side
@@ -248,12 +263,21 @@ def evaluate(
         collector = Collector(make_envs(env_id, side_by_side), seed=seed, name=env_id)
         while any(counts):
             steps.append(collector.step(act(collector.obs.to(device)).cpu()))
+            _refuse_endless(collector.longest, env_id)
             for episode in collector.take_finished():
                 if counts[episode.env]:
                     counts[episode.env] -= 1
                     found.append(episode._replace(transitions=_of_episode(steps, episode)))
         collector.envs.close()
     return found
+
+
+def _refuse_endless(length: int, env_id: str) -> None:
+    if length >= ENDLESS:
+        raise UserError(
+            f"{env_id}: expected episodes that end, found one of {length} steps; register the "
+            "environment with max_episode_steps"
+        )
 
 
 def _of_episode(steps: Sequence[Batch], episode: Episode) -> Batch:
@@ -312,6 +336,7 @@ def record_episode(env_id: str, act: Act, path: Path, *, seed: int, device: str 
                 batch = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
                 obs, _, terminated, truncated, _ = env.step(act(batch)[0].cpu().numpy())
                 over, steps = terminated or truncated, steps + 1
+                _refuse_endless(0 if over else steps, env_id)
         env.close()
     except UserError:
         raise

@@ -31,6 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from inference.errors import UserError
@@ -42,6 +43,7 @@ __all__ = [
     "make_folder",
     "read_metrics",
     "rng_state",
+    "seed_of",
     "use_threads",
     "write_csv",
 ]
@@ -284,6 +286,12 @@ def keep_freed_memory() -> None:
     then keeps what is smaller. A tenth of the time of an update of soft actor-critic.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
+def seed_of(run_seed: int, purpose: str, step: int) -> int:
+    """A seed for one purpose at one step, unrelated to that of any other."""
+    key = [run_seed, *purpose.encode(), step]
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
 
 
 def rng_state() -> dict[str, Any]:

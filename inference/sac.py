@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 import tyro
@@ -48,13 +47,14 @@ from inference.run import (
     load_rng_state,
     read_metrics,
     rng_state,
+    seed_of,
     use_threads,
 )
 from inference.sac_agent import Agent
 from inference.sac_presets import MAY_DIFFER, PRESETS, Config, build_critic, build_policy, check
 from models.environments import MultiGoal
 
-__all__ = ["COLUMNS", "Training", "main", "run", "seed_of"]
+__all__ = ["COLUMNS", "Training", "main", "run"]
 
 COLUMNS = (
     *("step", "seconds", "updates", "steps_per_second", "train_return", "train_episodes"),
@@ -81,22 +81,29 @@ class Training:
     def __init__(self, config: Config) -> None:
         self.config = config
         envs = make_envs(config.env, config.num_envs)
-        self.collector = Collector(envs, seed=config.seed, name=config.env)
+        first = seed_of(config.seed, "episodes", 0)
+        self.collector = Collector(envs, seed=first, name=config.env)
         obs_dim, action_dim = self.collector.obs_dim, self.collector.action_dim
         policy = build_policy(config, obs_dim, action_dim)
         self.agent = Agent(policy, build_critic(config, obs_dim, action_dim), config)
         self.replay = Replay(config.buffer_size, obs_dim, action_dim, device=config.device)
         self.seconds = 0.0
+        self.metrics: dict[str, list[Tensor]] = {}
+        """Of the updates since the last evaluation."""
+        self.returns: list[float] = []
+        """Of the episodes that ended since."""
+        self.logged = 0, 0.0
+        """Steps and seconds then."""
 
     @property
     def steps_done(self) -> int:
         """Environment steps that were taken."""
         return self.collector.steps
 
-    def step(self) -> dict[str, Tensor]:
-        """Takes a step of each environment, then as many updates; returns metrics of the last."""
+    def step(self) -> None:
+        """Takes a step of each environment, then as many updates; notes metrics of the last."""
         config, replay = self.config, self.replay
-        ready = len(replay) >= min(config.learning_starts, config.buffer_size)
+        ready = replay.added >= config.learning_starts
         if ready or self.agent.updates:
             action = self.agent.act(self.collector.obs.to(config.device)).cpu()
         else:
@@ -105,7 +112,34 @@ class Training:
         metrics: dict[str, Tensor] = {}
         for _ in range(config.num_envs if ready else 0):
             metrics = self.agent.update(replay.sample(config.batch_size))
-        return metrics
+        for name, value in metrics.items():
+            self.metrics.setdefault(name, []).append(value)
+        self.returns += [episode.value for episode in self.collector.take_finished()]
+
+    def row(self) -> dict[str, float]:
+        """A row of metrics.csv, by an evaluation and what was noted since the last one."""
+        taken, elapsed = (now - then for now, then in zip(self._now(), self.logged, strict=True))
+        row = {
+            "step": self.steps_done,
+            "updates": self.agent.updates,
+            "steps_per_second": taken / max(1e-9, elapsed),
+            "alpha": self.agent.alpha,
+            "train_episodes": len(self.returns),
+            **self.evaluate(),
+        }
+        for name, values in self.metrics.items():
+            several = torch.stack(values)
+            row[name] = float(several.max() if name == "max_z" else several.mean())
+        if self.returns:
+            row["train_return"] = sum(self.returns) / len(self.returns)
+        return row
+
+    def forget(self) -> None:
+        """Begins to note anew."""
+        self.metrics, self.returns, self.logged = {}, [], self._now()
+
+    def _now(self) -> tuple[int, float]:
+        return self.steps_done, self.seconds
 
     def cut_episodes(self) -> None:
         """Begins new episodes with a seed of their own: where a resumed run can go on exactly,
@@ -121,6 +155,9 @@ class Training:
             "collector": self.collector.state_dict(),
             "rng": rng_state(),
             "seconds": self.seconds,
+            "metrics": {name: torch.stack(values) for name, values in self.metrics.items()},
+            "returns": self.returns,
+            "logged": self.logged,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -130,7 +167,9 @@ class Training:
             self.replay.load_state_dict(state["replay"])
         self.collector.load_state_dict(state["collector"])
         self.cut_episodes()
-        self.seconds = state["seconds"]
+        self.seconds, self.returns = state["seconds"], state["returns"]
+        self.metrics = {name: [*values.unbind()] for name, values in state["metrics"].items()}
+        self.logged = state["logged"]
         load_rng_state(state["rng"])
 
     def evaluate(self) -> dict[str, float]:
@@ -162,44 +201,23 @@ class Training:
         )
 
 
-def seed_of(run_seed: int, purpose: str, step: int) -> int:
-    """A seed for one purpose at one step, unrelated to that of any other."""
-    key = [run_seed, *purpose.encode(), step]
-    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
-
-
 def train(training: Training, folder: RunFolder) -> None:
     """The training loop: steps, evaluations, checkpoints."""
     config = training.config
     started = time.perf_counter() - training.seconds
-    metrics: list[dict[str, Tensor]] = []
-    returns: list[float] = []
-    logged = training.steps_done, training.seconds
     progress = tqdm(total=config.steps, initial=training.steps_done, unit="step", mininterval=1.0)
     with progress:
         while training.steps_done < config.steps:
             before = training.steps_done
-            metrics += [one for one in [training.step()] if one]
-            returns += [episode.value for episode in training.collector.take_finished()]
+            training.step()
             training.seconds = time.perf_counter() - started
             progress.update(training.steps_done - before)
             last = training.steps_done >= config.steps
             if last or _passes(before, training.steps_done, config.eval_every):
-                taken = training.steps_done - logged[0]
-                row = {
-                    "step": training.steps_done,
-                    "updates": training.agent.updates,
-                    "steps_per_second": taken / max(1e-9, training.seconds - logged[1]),
-                    "alpha": training.agent.alpha,
-                    **training.evaluate(),
-                    **_means(metrics),
-                }
-                if returns:
-                    row |= {"train_return": sum(returns) / len(returns)}
+                row = training.row()
                 training.seconds = time.perf_counter() - started
-                folder.log(row | {"train_episodes": len(returns), "seconds": training.seconds})
-                metrics, returns = [], []
-                logged = training.steps_done, training.seconds
+                folder.log(row | {"seconds": training.seconds})
+                training.forget()
                 value = row["eval_return"]
                 progress.set_postfix(eval_return=f"{value:.1f}")
                 progress.write(
@@ -219,16 +237,6 @@ def _passes(before: int, after: int, every: int) -> bool:
     return before // every < after // every
 
 
-def _means(metrics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over the updates that have them; of ``max_z`` the maximum."""
-    names = dict.fromkeys(name for one in metrics for name in one)
-    columns = {name: torch.stack([one[name] for one in metrics if name in one]) for name in names}
-    return {
-        name: float(values.max() if name == "max_z" else values.mean())
-        for name, values in columns.items()
-    }
-
-
 def run(config: Config) -> Path:
     """Trains, evaluates, draws; returns the run folder."""
     check(config)
@@ -242,8 +250,8 @@ def run(config: Config) -> Path:
         folder = RunFolder.create(path, options, COLUMNS)
     else:
         path = config.resume
-        folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
-        state = folder.load("latest", config.device)
+        RunFolder.require(path, options, may_differ=MAY_DIFFER)
+        state = RunFolder(path, COLUMNS).load("latest", config.device)
         done = state["collector"]["steps"]
         if config.steps > done and not state["may_go_on"]:
             raise UserError(
@@ -252,6 +260,7 @@ def run(config: Config) -> Path:
                 "one with --out, or let runs end at a checkpoint"
             )
         training.load_state(state)
+        folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
         folder.drop_rows_after(training.steps_done)
     train(training, folder)
     folder.close()

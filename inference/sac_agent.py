@@ -36,7 +36,8 @@ class Agent:
     then one of the policy :math:`E[\alpha \log \pi(a \mid s) - \min_j Q_j(s, a)]`, a drawn anew,
     with the updated critics; d is 1 where the episode terminated, 0 where it was cut off.
 
-    The agent takes batches and returns metrics; where they come from is not its concern.
+    The agent takes batches, in random order, and returns metrics; where they come from is not its
+    concern.
 
     :param Policy policy: the policy.
     :param critic: two critics in one module; anything that gives values, without parameters, if

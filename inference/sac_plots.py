@@ -26,7 +26,7 @@ from inference import plots
 from inference.errors import UserError, user_errors
 from inference.replay import Replay
 from inference.rollout import evaluate
-from inference.run import RunFolder, read_metrics
+from inference.run import RunFolder, read_metrics, seed_of
 from inference.sac_agent import Agent
 from inference.sac_presets import TASKS, Config
 from models.environments import MultiGoal
@@ -135,9 +135,8 @@ def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[P
 
 def multi_goal_paths(agent: Agent, config: Config, count: int = 40) -> list[Tensor]:
     """Trajectories from the start."""
-    episodes = evaluate(
-        config.env, agent.act, episodes=count, seed=config.seed + 20_000, device=config.device
-    )
+    seed = seed_of(config.seed, "paths", 0)
+    episodes = evaluate(config.env, agent.act, episodes=count, seed=seed, device=config.device)
     steps = [episode.transitions for episode in episodes]
     return [torch.cat([one.obs, one.next_obs[-1:]]) for one in steps if one is not None]
 

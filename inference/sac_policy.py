@@ -5,7 +5,7 @@ r"""What soft actor-critic needs of a policy: draws, and log π(a | s) with its 
 
 An explicit actor has a density. An implicit one has none: the gradient of log q comes from
 :class:`pyro_ardae.ARDAE`, the estimator that the ELBOs use, its value from the same network, the
-energy of which is normalized by importance sampling.
+energy of which learns to be normalized.
 """
 
 from __future__ import annotations
@@ -202,7 +202,8 @@ class ImplicitPolicy(nn.Module):
     def rsample(self, obs: Tensor, proposal: Proposal) -> Draw:
         """A differentiable draw.
 
-        :param obs: ``[B, obs_dim]``.
+        :param obs: ``[B, obs_dim]``, in random order: which states compare parts, and in which
+            parts are drawn evenly, goes by the place in the batch.
         :param proposal: what :meth:`fit` returned for it.
         """
         encoded, part, mean, variance = proposal
@@ -313,12 +314,13 @@ class ImplicitPolicy(nn.Module):
         return (stretch - lowest).clamp_max(0).square().mean()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The state of the optimizer."""
-        return {"optimizer": self.optimizer.state_dict()}
+        """The state of the optimizer, and the last loss of the score."""
+        return {"optimizer": self.optimizer.state_dict(), "score_loss": self.score_loss}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what :meth:`get_extra_state` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
+        self.score_loss = state["score_loss"]
 
 
 def _of(table: Tensor, part: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Literal, TypedDict, get_args
 import torch
 import tyro
 
-from inference.errors import UserError, check_device, check_options
+from inference.errors import UserError, check_device, check_options, check_unread
 from inference.precision import training_dtype
 from inference.sac_policy import ExplicitPolicy, ImplicitPolicy, Policy
 from models.actors import FlowActor, GaussianActor, ImplicitActor
@@ -209,12 +209,22 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
+#: Options that only an implicit policy has.
+IMPLICIT = (
+    *("noise_dim", "noise_hidden_dims", "noise_scale", "spread", "part_scale", "part_bits"),
+    *("even_share", "min_scale", "bound", "jacobian_clamp", "jacobian_exponent"),
+    *("score_draws", "score_steps", "score_hidden_dim", "score_depth", "score_learning_rate"),
+    *("score_delta", "score_ratio_weight", "score_normalizer_draws"),
+)
+
+
 def check(config: Config) -> None:
-    """Refuses options out of range.
+    """Refuses options out of range, and those of an implicit policy for another.
 
     :raises UserError: naming the first of them.
     """
     conditions = (
+        (0 <= config.seed < 2**32, "seed", "a number in [0, 2^32)"),
         (config.steps > 0, "steps", "a positive number"),
         (config.num_envs > 0, "num-envs", "a positive number"),
         (config.eval_every > 0, "eval-every", "a positive number"),
@@ -256,6 +266,8 @@ def check(config: Config) -> None:
     )
     check_options(config, conditions)
     check_device(config.device)
+    if config.agent != "sac-ardae":
+        check_unread(config, Config(), IMPLICIT, reader=config.agent)
 
 
 def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:

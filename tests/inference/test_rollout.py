@@ -13,7 +13,7 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 
 from inference.errors import UserError
-from inference.rollout import Collector, evaluate, make_envs, record_episode
+from inference.rollout import Collector, evaluate, make_envs, record_episode, wrap
 
 
 class Count(gymnasium.Env[Any, Any]):
@@ -95,6 +95,35 @@ def test_actions_are_mapped_to_the_bounds() -> None:
         batch = collector.step(torch.tensor([[action]]))
         assert float(batch.next_obs[0, 1]) == pytest.approx(expected)
         assert float(batch.action) == action
+
+
+def test_actions_stay_in_the_box() -> None:
+    """Whatever the bounds and their rounding, also where both are the same."""
+    low = np.float32([[-0.3, 0.1], [2.0, -7.7]])
+    high = np.float32([[0.9, 0.7], [2.0, 3.3]])
+
+    class Bounds(Count):
+        def __init__(self) -> None:
+            super().__init__()
+            self.action_space = Box(low, high)
+
+        def _obs(self) -> Any:
+            return np.zeros(2)
+
+    env = wrap(Bounds())
+    env.reset(seed=0)
+    ones = np.ones(4, np.float32)
+    for action in (ones, -ones, 0 * ones, torch.full((4,), 12.0).tanh().numpy()):
+        env.step(action)
+        reached = env.unwrapped.last_action  # type: ignore[attr-defined]
+        assert env.unwrapped.action_space.contains(reached)
+    assert np.array_equal(reached, high)
+
+
+def test_endless_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inference.rollout.ENDLESS", 2)
+    with pytest.raises(UserError, match="expected episodes that end, found one of 2 steps"):
+        evaluate("test/Count-v0", lambda obs: obs[:, :1], episodes=1, seed=0)
 
 
 def test_seed_decides_everything() -> None:

@@ -20,14 +20,15 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from inference.sac import Training, seed_of
+from inference.run import seed_of
+from inference.sac import Training
 from inference.sac_plots import learning_curves, multi_goal_paths
 from inference.sac_presets import PRESETS
 from tests.inference.conftest import ROOT, Program, assert_equal
 
 #: Options that make a run tiny.
 SMALL = (
-    *("--batch-size", 8, "--learning-starts", 10, "--hidden-dims", 16, "--noise-hidden-dims", 16),
+    *("--batch-size", 8, "--learning-starts", 10, "--hidden-dims", 16),
     *("--eval-episodes", 2, "--buffer-size", 200),
 )
 AGENTS = ("sac", "sac-nf", "sac-ardae")
@@ -129,14 +130,19 @@ def test_resume_after_sigkill_bit_for_bit(agent: str, program: Program, tmp_path
         torch.load(run / "checkpoints" / "latest.pt", weights_only=True) for run in (killed, whole)
     ]
     for state in states:
-        state.pop("seconds")
+        del state["seconds"], state["logged"]
     assert states[0]["agent"]["updates"] > 20
     assert_equal(*states)
+    # What was noted before the kill is in the row that comes after it.
+    rows = [read(run)[-1] for run in (killed, whole)]
+    for row in rows:
+        del row["seconds"], row["steps_per_second"]
+    assert rows[0] == rows[1]
 
 
 def test_bandit(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--seeds", 0, "--updates", 3, "--draws", 1000, "--out", tmp_path)
-    program("bandit", *options, "--bandits", "1d", "2d", "6d", "--config.batch-size", 8)
+    program("bandit", *options, "--bandits", "1d", "2d", "6d", "--config.batch-size", 32)
     with (tmp_path / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 2 * 4
@@ -173,8 +179,12 @@ def test_errors_end_in_one_line(
         (("sac", "hopper-sac-ardae", *tiny, "--noise-dim", 1, *never), "width at least, 3, found"),
         (("sac", "multigoal-sac", *tiny, "--record-video", *never), "that renders pictures"),
         (("bandit", "--seconds", 0), "--seconds: expected a positive time"),
-        (("bandit", "--config.batch-size", 2), "--config.batch-size: expected one for each"),
+        (("sac", "pendulum-sac", *tiny, "--seed", -1, *never), "--seed: expected a number in [0,"),
+        (("sac", "pendulum-sac", *tiny, "--part-bits", 3, *never), "sac does not read it"),
+        (("bandit", "--config.batch-size", 16), "--config.batch-size: expected 32 at least"),
         (("bandit", "--config.gamma", 2), "--gamma: expected a discount"),
+        (("bandit", "--config.gamma", 0.5), "--gamma: the bandit does not read it"),
+        (("bandit", "--bandits", "1d", "6d", "--config.noise-dim", 3), "width at least, 6, found"),
         (("sac_plots", run, "--out", tmp_path / "none" / "x.png"), "expected a writable file"),
         (("bench", "sac", "--updates", 0), "--updates: expected a positive number"),
         (("sac_plots", tmp_path / "none"), "expected a run folder, found none"),
@@ -187,8 +197,13 @@ def test_errors_end_in_one_line(
             "--steps: expected 2, where this run has ended between two checkpoints, found 9",
         ),
         (("bench", "learn", "--tasks", "chess"), "--tasks: expected some of pendulum"),
+        (
+            ("bench", "learn", "--agents", "sb3", "--steps", 0),
+            "--steps: expected a positive number",
+        ),
         (("bench", "sac", "--task", "chess"), "--task: expected one of pendulum"),
     ]
+    config = (run / "config.json").read_text()
     capsys.readouterr()
     for arguments, message in table:
         with pytest.raises(SystemExit) as stopped:
@@ -198,6 +213,8 @@ def test_errors_end_in_one_line(
         assert message in shown.err + shown.out, arguments
         assert "Traceback" not in shown.err, arguments
     assert not (tmp_path / "never").exists()
+    assert (run / "config.json").read_text() == config
+    assert len((run / "command.txt").read_text().splitlines()) == 1
 
 
 def test_checkpoints_count_steps_of_each_environment(program: Program, tmp_path: Path) -> None:
@@ -248,8 +265,12 @@ def test_bench_learn_resumes(
         (agent, step) for agent in agents for step in ("4", "8")
     ]
     assert "| multigoal | sb3 | 1 | 8 |" in capsys.readouterr().out
+    (tmp_path / "multigoal-sb3-seed1").mkdir()
+    notes = tmp_path / "multigoal-sb3-seed1" / "notes.txt"
+    notes.write_text("not a run's")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-seed0/metrics.csv")}
     program("bench", "learn", *options, "--seeds", 0, 1)
+    assert notes.exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "| multigoal | sac-ardae | 2 | 8 |" in capsys.readouterr().out
     program("bench", "learn", *options, "--seeds", 1, "--agents", "sac")
