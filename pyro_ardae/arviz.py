@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_ardae.unconstrained import (
@@ -20,6 +21,7 @@ from pyro_ardae.unconstrained import (
     guide_draws,
     refuse_subsampling,
     run_many,
+    unscaled_log_prob,
 )
 
 __all__ = ["to_arviz"]
@@ -62,7 +64,7 @@ def to_arviz(
 
     :param callable model: a Pyro model with continuous latents, not conditioned on draws.
     :param callable guide: a guide of it, of any kind.
-    :param args: arguments of both, data included.
+    :param args: arguments of both, data included; keyword arguments by ``functools.partial``.
     :param int num_samples: draws, at least 2.
     :param bool prior: whether to draw the prior, which an improper one cannot be.
     :param coords: labels by dimension, e.g. ``{"school": names}``; integers from 0 where left out.
@@ -76,15 +78,15 @@ def to_arviz(
     """
     if num_samples < 2:
         raise ValueError(f"num_samples: expected at least 2, got {num_samples}")
-    joint = UnconstrainedModel(model, *args)
+    joint = UnconstrainedModel(model, *args, guide=guide)
     nesting = joint.max_plate_nesting
-    with torch.no_grad(), poutine.block():
-        trace = poutine.trace(model).get_trace(*args)
-    refuse_subsampling(trace)
+    refuse_subsampling(joint.trace)
     sites = {
         name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and type(site["fn"]).__name__ not in ("_Subsample", "Unit")
+        for name, site in joint.trace.nodes.items()
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not isinstance(site["fn"], Unit)
     }
     derived = [name for name, site in sites.items() if site["infer"].get("_deterministic")]
     observed = [name for name in sites if sites[name]["is_observed"] and name not in derived]
@@ -100,7 +102,7 @@ def to_arviz(
             anew = run_many(poutine.condition(unobserved, data=draws), args, num_samples, nesting)
             values = {name: anew.nodes[name]["value"] for name in observed}
             groups["posterior_predictive"] = _arrays(values, sites, num_samples)
-            values = {name: _log_prob(given.nodes[name]) for name in observed}
+            values = {name: unscaled_log_prob(given.nodes[name]) for name in observed}
             groups["log_likelihood"] = _arrays(values, sites, num_samples, event=False)
             groups["observed_data"] = {name: _numpy(sites[name]["value"]) for name in observed}
         if prior:
@@ -123,11 +125,6 @@ class _Unobserved(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["is_observed"] and msg["name"] in self._names:
             msg.update(is_observed=False, value=None, done=False)
-
-
-def _log_prob(site: Any) -> Tensor:
-    """Pointwise, unscaled, 0 where masked."""
-    return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
 
 
 def _arrays(

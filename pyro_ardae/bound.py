@@ -100,7 +100,7 @@ def elbo_estimate(
     num_samples: int = 1000,
     num_updates: int = 300,
     loss: TraceImplicit_ELBO | TraceImplicitEnum_ELBO | TraceImplicitMeanField_ELBO | None = None,
-    vectorize: bool = True,
+    parallel: bool = True,
 ) -> ElboEstimate:
     r"""Estimates the ELBO, including the entropies that the training loss lacks.
 
@@ -122,14 +122,14 @@ def elbo_estimate(
 
     :param callable model: a Pyro model.
     :param callable guide: a guide.
-    :param args: arguments of both.
+    :param args: arguments of both; keyword arguments by ``functools.partial``.
     :param int num_samples: draws of the guide, at least 2.
     :param int num_updates: updates by which the energy networks learn the guide as it is, >= 0.
     :param loss: the loss object of the training, an ELBO of this package. It names the kind of ELBO
         (``TraceImplicitEnum_ELBO`` for enumerated sites), and if its estimators have a density
         (``ARDAE(…, parametrization="energy")``) they are where the networks start, and learn from
         as many draws as in training.
-    :param bool vectorize: take the draws in one more plate; set ``False`` where model or guide do
+    :param bool parallel: take the draws in one more plate; set ``False`` where model or guide do
         not broadcast.
     :returns: the estimate and its standard error.
     :raises ValueError: for a number out of its range.
@@ -155,17 +155,18 @@ def elbo_estimate(
     )
     factory = loss.score_estimator if loss is not None and started else _energy
     # Batches, whose means are independent, so that a loss that sums over particles will do.
-    batches = min(num_samples, 20 if vectorize else num_samples)
+    batches = min(num_samples, 20 if parallel else num_samples)
     particles = math.ceil(num_samples / batches)
     with torch.no_grad(), poutine.block():
-        traces = [poutine.trace(fn).get_trace(*args) for fn in (model, guide)]
+        drawn = poutine.trace(guide).get_trace(*args)
+        traces = drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args)
     elbo = kind(
         factory,
         loss.num_score_samples if loss is not None and started else None,
         num_score_contexts=loss.num_score_contexts if loss is not None else None,
         num_particles=particles,
         max_plate_nesting=plate_nesting(*traces),
-        vectorize_particles=vectorize and particles > 1,
+        vectorize_particles=parallel and particles > 1,
         strict_enumeration_warning=loss is None or loss.strict_enumeration_warning,
     )
     if loss is not None and started:

@@ -30,8 +30,9 @@ class SteinCheck:
     error: float
     """Its standard error."""
     worst_direction: float
-    r"""Eigenvalue of the symmetric part of :math:`-E[s (z - m)^\top]` that is farthest from 1. In D
-    dimensions it is off by about :math:`\sqrt{8 D / N}` for the true score."""
+    r"""Eigenvalue of the symmetric part of :math:`-E[s (z - m)^\top]` that is farthest from 1. For
+    the true score of a Gaussian in many dimensions D it is off by about :math:`2 \sqrt{D / N}`, by
+    less in few."""
     mean_score: float
     r"""Norm of the mean score, each component in units of its standard error; about
     :math:`\sqrt{D}` for the true score."""
@@ -67,7 +68,7 @@ def stein_check(
 
     :param loss: a loss of this package that was trained on the guide.
     :param callable guide: the guide.
-    :param args: its arguments.
+    :param args: its arguments; keyword arguments by ``functools.partial``.
     :param int num_samples: draws per site, over all contexts, at least 100.
     :param float tolerance: deviation that is let pass, >= 0.
     :param float failure_rate: rate of false warnings at a deviation of ``tolerance``, in (0, 1).

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_ardae.implicit import Implicit, find_implicit
 from pyro_ardae.probe import check_context
+from pyro_ardae.random import fork_rng
 from pyro_ardae.score import ARDAE, ScoreEstimator
 
 __all__ = ["TraceImplicitEnum_ELBO", "TraceImplicitMeanField_ELBO", "TraceImplicit_ELBO"]
@@ -41,6 +42,11 @@ class _ScoreMessenger(Messenger):
         self._earlier: dict[str, Tensor] = {}
         self._not_reparameterized: list[str] = []
 
+    def __enter__(self) -> Any:
+        self._earlier.clear()  # of another run of the guide
+        self._not_reparameterized.clear()
+        return super().__enter__()
+
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         fn = None if self.paired_dim is None else find_implicit(msg["fn"])
         if fn is not None:
@@ -58,7 +64,7 @@ class _ScoreMessenger(Messenger):
                 self._refuse(msg["name"])
             if msg["name"] not in self._probed and msg["value"].requires_grad:
                 self._probed.add(msg["name"])
-                check_context(msg["name"], fn, msg["value"], self._earlier)
+                check_context(msg["name"], fn, self._earlier)
             self._attach(msg["name"], fn, msg["value"])
         elif not site_is_subsample(msg) and not msg["fn"].has_rsample:
             self._not_reparameterized.append(msg["name"])
@@ -142,6 +148,7 @@ class _ImplicitELBO:
             strict_enumeration_warning=strict_enumeration_warning,
             retain_graph=retain_graph,
         )
+        self._given_nesting = self.max_plate_nesting  # Pyro has counted the particles' plate
         self.antithetic = antithetic
         self.score_estimator = score_estimator
         self.num_score_samples = num_score_samples
@@ -199,6 +206,7 @@ class _ImplicitELBO:
         self._pending.clear()
         self._probed.clear()
         self._guide = None
+        self.max_plate_nesting = self._given_nesting
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -268,7 +276,9 @@ class _ImplicitELBO:
                     self._detach()
 
     def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
-        with self.frozen():
+        # A run that goes on has guessed before, so this must not shift its noise.
+        resumed = fork_rng() if self._pending else nullcontext()
+        with self.frozen(), resumed:
             super()._guess_max_plate_nesting(model, guide, args, kwargs)  # type: ignore[misc]
 
     # ---- the score -------------------------------------------------------------------------------
@@ -363,8 +373,7 @@ class _ImplicitELBO:
         width = 0 if fn.context is None else fn.context.shape[-1]
         site = self._sites.get(name)
         if site is None:
-            devices = [like.device] if like.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):  # building must not shift the guide's noise
+            with fork_rng():  # building must not shift the guide's noise
                 estimator = self.score_estimator(dim, width)
             site = _Site(estimator.to(like.device, like.dtype))
             if name in self._pending:

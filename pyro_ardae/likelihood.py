@@ -94,7 +94,7 @@ def log_likelihood(
     :param callable model: a Pyro model with continuous latents, which broadcasts over one more
         plate, as for ``vectorize_particles=True``.
     :param callable guide: a guide of it, of any kind.
-    :param args: arguments of both.
+    :param args: arguments of both; keyword arguments by ``functools.partial``.
     :param int num_samples: importance samples K, at least 25. The bound tightens as K grows: state
         it beside every figure.
     :param int num_guide_samples: draws of the guide that the Gaussian is fitted to, at least twice
@@ -112,13 +112,13 @@ def log_likelihood(
     """
     if num_samples < 25:
         raise ValueError(f"num_samples: expected at least 25, got {num_samples}")
-    joint = UnconstrainedModel(model, *args)
+    joint = UnconstrainedModel(model, *args, guide=guide)
     if num_guide_samples is None:
         num_guide_samples = max(1000, 20 * joint.dim)
     draws = guide_draws(
         guide, joint.sites, args, num_guide_samples, joint.max_plate_nesting, parallel=parallel
     )
-    latent = joint.pack(draws).reshape(num_guide_samples, -1, joint.dim)
+    latent = joint.pack(joint.redraw_masked(draws)).reshape(num_guide_samples, -1, joint.dim)
 
     def log_joint(z: Tensor) -> Tensor:
         value = joint.log_joint(z.reshape(len(z), *joint.batch_shape, joint.dim))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pyro_ardae.implicit import Implicit, base_of
+from pyro_ardae.random import fork_rng
 
 __all__ = ["check_context"]
 
@@ -22,12 +23,12 @@ __all__ = ["check_context"]
 _SEARCHED = 4096
 
 
-def check_context(name: str, fn: Implicit, value: Tensor, earlier: Mapping[str, Any]) -> None:
+def check_context(name: str, fn: Implicit, earlier: Mapping[str, Any]) -> None:
     """Warn if a site's draws depend on something, besides its noise, that its context lacks.
 
-    Two things are looked for, at the cost of three calls of the sampler on one draw:
+    Two things are looked for, at the cost of four calls of the sampler on one draw:
 
-    - An **earlier site** of the guide that the graph of ``value`` reaches without passing through
+    - An **earlier site** of the guide that the graph of a draw reaches without passing through
       the context, and whose value is not in the context literally. Sites without a gradient
       (discrete ones, or without parameters) are not seen.
     - A **dependence by row**: for the same noise, moving the rows of the context must move the
@@ -41,9 +42,10 @@ def check_context(name: str, fn: Implicit, value: Tensor, earlier: Mapping[str, 
 
     :param name: the site.
     :param fn: its distribution.
-    :param value: a draw with its graph; without one nothing is checked.
     :param earlier: values of the guide's earlier sites by name.
     """
+    with fork_rng(), poutine.block():
+        value = fn.rsample()  # not the site's value: a transform of it may depend on anything
     if value.grad_fn is None:
         return
     through, base = _context_nodes(fn)
@@ -101,8 +103,10 @@ def _walk(start: Any, stop: Iterable[Any]) -> set[Any]:
 
 def _holds(fn: Implicit, other: Tensor) -> bool:
     """Whether every number of ``other`` is among those of the context."""
-    if fn.context is None or other.numel() > _SEARCHED:
+    if fn.context is None:
         return False
+    if other.numel() > _SEARCHED:
+        return True  # for all that is known
     numbers = fn.context.detach().flatten()
     return bool(torch.isin(other.detach().to(numbers.dtype).flatten(), numbers).all())
 
@@ -117,8 +121,7 @@ def _rows_differ(fn: Implicit) -> bool:
         if any(not torch.equal(part, part.roll(1, dim)) for part in parts for dim in dims):
             return True
     shape = fn.noise.event_shape
-    devices = [fn.context.device] if fn.context is not None and fn.context.is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad(), poutine.block():
+    with fork_rng(), torch.no_grad(), poutine.block():
         like = fn.noise.sample() if fn.context is None else fn.context
         noise = torch.linspace(-1.0, 1.0, max(1, shape.numel())).to(like).reshape(shape)
         noise = noise.expand(fn.batch_shape + shape)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
+from pyro_ardae.random import fork_rng
+
 __all__ = ["check_structure", "refuse_moving_supports", "unconstrain"]
 
 #: Runs of the model, on values drawn from the prior, by which a varying structure is found out.
@@ -70,12 +72,10 @@ def check_structure(
                 "TraceImplicitEnum_ELBO, the model under config_enumerate."
             )
         expected[name] = tuple(site["value"].shape)
-        device = site["value"].device
     if not expected:
         raise RuntimeError("AutoImplicit found no latent variables; use an empty guide instead.")
     recorder, nesting = _SubsampleMessenger(), 0
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), poutine.block():
+    with fork_rng(), torch.no_grad(), poutine.block():
         for run in (initialized, *[model] * _NUM_RUNS):
             try:
                 trace = poutine.trace(recorder(run)).get_trace(*args, **kwargs)
@@ -134,9 +134,12 @@ def _check_run(trace: Any, expected: Mapping[str, tuple[int, ...]]) -> int:
             nesting = max(nesting, -frame.dim if frame.vectorized else 0)
         if not site["is_observed"]:
             found[name] = tuple(site["value"].shape)
-        elif site["mask"] is None and bool(torch.isnan(torch.as_tensor(site["value"])).any()):
+        elif site["infer"].get("_deterministic"):
+            continue  # a value of this run, not of the data
+        elif bool(torch.isnan(torch.as_tensor(site["value"])).any()):
             raise ValueError(
-                f"AutoImplicit: the data of site '{name}' have NaN; mask or drop them."
+                f"AutoImplicit: the data of site '{name}' have NaN. Drop those rows, or put finite "
+                "numbers there and mask them: a masked NaN still makes gradients NaN."
             )
     if found != expected:
         names = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))

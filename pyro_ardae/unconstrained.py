@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,11 +13,14 @@ import pyro
 import torch
 from jaxtyping import Float
 from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_ardae.prototype import refuse_moving_supports
+from pyro_ardae.random import fork_rng
 
 __all__ = [
     "UnconstrainedModel",
@@ -25,6 +29,8 @@ __all__ = [
     "plate_nesting",
     "refuse_subsampling",
     "run_many",
+    "trace_of",
+    "unscaled_log_prob",
 ]
 
 _PLATE = "_pyro_ardae_draws"
@@ -38,8 +44,10 @@ class UnconstrainedModel:
     these are the batch: every data point has latents and a log-joint of its own. Otherwise the
     whole model is one point, with an empty batch.
 
-    Scales (of ``poutine.scale``, of subsampling) are left out, masks are kept. The model runs
-    inside of one more plate, so it has to broadcast, as for ``vectorize_particles=True``.
+    Scales (of ``poutine.scale``, of subsampling) are left out, masks are kept. A latent that is
+    masked out has no part in the model, so its u counts as standard normal: the integral over it
+    is 1. The model runs inside of one more plate, so it has to broadcast, as for
+    ``vectorize_particles=True``.
 
     Example::
 
@@ -54,22 +62,26 @@ class UnconstrainedModel:
 
     :param callable model: a Pyro model with continuous latent sites.
     :param args: its arguments.
+    :param callable guide: a guide of it, from whose draws the model's structure is found out; the
+        prior's by default, which an improper prior does not have.
     :ivar int dim: dimensions of u, for every element of the batch.
     :ivar torch.Size batch_shape: sizes of the plates that hold all sites, ``()`` for none.
     :ivar tuple plates: their names.
     :ivar dict sites: the latent sites of a trace of the model, by name.
     :ivar int max_plate_nesting: plates' dimensions, counted from the right.
+    :ivar trace: a trace of the model.
     :raises ValueError: without latent sites, for a discrete one, for one whose support varies, as
         with bounds that depend on other latents, and for a subsampled plate where the data points
         that are left out would count.
     """
 
-    def __init__(self, model: Callable[..., Any], *args: Any) -> None:
+    def __init__(
+        self, model: Callable[..., Any], *args: Any, guide: Callable[..., Any] | None = None
+    ) -> None:
         self.model, self.args = model, args
-        with torch.no_grad(), poutine.block():
-            trace = poutine.trace(model).get_trace(*args)
-            with torch.random.fork_rng(_cuda_devices(trace)):  # the stream goes on as after one run
-                again = poutine.trace(model).get_trace(*args)
+        trace = self.trace = trace_of(model, guide, args)
+        with fork_rng():  # the stream goes on as after one run
+            again = trace_of(model, guide, args)
         self.sites = latent_sites(trace)
         if not self.sites:
             raise ValueError(
@@ -118,29 +130,45 @@ class UnconstrainedModel:
             parts.append(real.reshape(len(real), *self.batch_shape, self._shapes[name].numel()))
         return torch.cat(parts, -1)
 
+    def redraw_masked(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Latents, those that are masked out drawn anew as they count: whatever a guide makes of
+        them says nothing of the model.
+
+        :param values: as for :meth:`pack`.
+        """
+        result = dict(values)
+        for name, site in self.sites.items():
+            counts = _mask(site)
+            if counts is not None:
+                transform = biject_to(site["fn"].support)
+                real = transform.inv(values[name])
+                event = real.dim() - 1 - self.max_plate_nesting
+                counts = counts.reshape(counts.shape + (1,) * event)
+                result[name] = transform(torch.where(counts, real, torch.randn_like(real)))
+        return result
+
     def unpack(self, latent: Float[Tensor, "draws *batch dim"]) -> dict[str, Tensor]:
         """The inverse of :meth:`pack`."""
-        return {name: value for name, (value, _) in self._constrained(latent).items()}
+        return {name: value for name, (value, *_) in self._constrained(latent).items()}
 
     def log_joint(self, latent: Float[Tensor, "draws *batch dim"]) -> Float[Tensor, "draws *batch"]:
         """The log-joint density of unconstrained latents, in nats; differentiable."""
         constrained = self._constrained(latent)
-        values = {name: value for name, (value, _) in constrained.items()}
+        values = {name: value for name, (value, *_) in constrained.items()}
         trace = run_many(
             poutine.condition(self.model, data=values),
             self.args,
             len(latent),
             self.max_plate_nesting,
         )
-        terms = [jacobian for _, jacobian in constrained.values()]
-        for site in trace.nodes.values():
-            if site["type"] == "sample" and not _ignored(site):
-                term = site["fn"].log_prob(site["value"])
-                terms.append(scale_and_mask(term, mask=site["mask"]))
+        terms = [unscaled_log_prob(site) for site in _samples(trace)]
+        for name, (_, jacobian, normal) in constrained.items():
+            counts = _mask(trace.nodes[name])
+            terms.append(jacobian if counts is None else torch.where(counts, jacobian, normal))
         return torch.stack([self._sum(term, len(latent)) for term in terms]).sum(0)
 
-    def _constrained(self, latent: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """By site, its value and log |det dz/du| ``[draws, *plates, …]``."""
+    def _constrained(self, latent: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """By site, its value, log |det dz/du| and log N(u) ``[draws, *plates, …]``."""
         result = {}
         parts = latent.split([shape.numel() for shape in self._shapes.values()], -1)
         order = [0, *self._batch_dims, *self._other_dims]
@@ -151,10 +179,10 @@ class UnconstrainedModel:
             transform = biject_to(site["fn"].support)
             value = transform(real)
             jacobian = transform.log_abs_det_jacobian(real, value)
+            normal = -0.5 * (real.square() + math.log(2 * math.pi))
             rank = 1 + self.max_plate_nesting
-            if jacobian.dim() > rank:
-                jacobian = jacobian.flatten(rank).sum(-1)
-            result[name] = (value, jacobian)
+            terms = (t.flatten(rank).sum(-1) if t.dim() > rank else t for t in (jacobian, normal))
+            result[name] = (value, *terms)
         return result
 
     def _sum(self, term: Tensor, num_draws: int) -> Tensor:
@@ -221,6 +249,32 @@ def run_many(
         return poutine.trace(fn).get_trace(*args)
 
 
+def trace_of(
+    model: Callable[..., Any], guide: Callable[..., Any] | None, args: tuple[Any, ...]
+) -> poutine.Trace:
+    """A trace of a model with latents drawn from the guide, or from the prior if there is none."""
+    with torch.no_grad(), poutine.block():
+        if guide is not None:
+            model = poutine.replay(model, trace=poutine.trace(guide).get_trace(*args))
+        return poutine.trace(model).get_trace(*args)
+
+
+def unscaled_log_prob(site: Any) -> Tensor:
+    """The log-density of a site by element, 0 where masked."""
+    return scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+
+
+def _mask(site: Any) -> Tensor | None:
+    """Where a site counts, if anywhere it does not."""
+    masks = [site["mask"]]
+    if isinstance(site["fn"], MaskedDistribution):
+        masks.append(site["fn"]._mask)
+    found = [
+        torch.as_tensor(mask, device=site["value"].device) for mask in masks if mask is not None
+    ]
+    return None if not found else found[0] if len(found) == 1 else found[0] & found[1]
+
+
 def plate_nesting(*traces: poutine.Trace) -> int:
     """The number of dimensions, counted from the right, that plates of the traces take."""
     frames = (frame for trace in traces for site in _samples(trace) for frame in _vectorized(site))
@@ -232,12 +286,6 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Any]:
     return {site["name"]: site for site in _samples(trace) if not site["is_observed"]}
 
 
-def _cuda_devices(trace: poutine.Trace) -> list[torch.device]:
-    """The CUDA devices of the latents."""
-    devices = {site["value"].device for site in latent_sites(trace).values()}
-    return [device for device in devices if device.type == "cuda"]
-
-
 def _samples(trace: poutine.Trace) -> list[Any]:
     return [
         site for site in trace.nodes.values() if site["type"] == "sample" and not _ignored(site)
@@ -246,7 +294,7 @@ def _samples(trace: poutine.Trace) -> list[Any]:
 
 def _ignored(site: Any) -> bool:
     """Indices of plates, and values that are not random."""
-    return type(site["fn"]).__name__ == "_Subsample" or site["infer"].get("_deterministic", False)
+    return site_is_subsample(site) or site["infer"].get("_deterministic", False)
 
 
 def _vectorized(site: Any) -> list[Any]:
@@ -273,7 +321,7 @@ def refuse_subsampling(trace: poutine.Trace, allowed: Iterable[str] = ()) -> Non
     for site in trace.nodes.values():
         if site["type"] != "sample":
             continue
-        random = type(site["fn"]).__name__ == "_Subsample" and len(site["value"]) < site["fn"].size
+        random = site_is_subsample(site) and len(site["value"]) < site["fn"].size
         frames = [f for f in _vectorized(site) if f.name not in allowed and f.size != f.full_size]
         if random or frames:
             name = site["name"] if random else frames[0].name

@@ -104,7 +104,7 @@ class DAE(TrainedEstimator):
     ) -> Float[Tensor, "N *batch dim"]:
         """The score of q smoothed with the current noise level."""
         z, context = self._rows(samples, context)
-        at = value.detach().reshape(len(value), -1, self.dim)
+        at = self._points(value, samples)
         out = self.network.field(self.weights, at, torch.zeros_like(at[..., :1]), context)
         if not self.residual:
             out = (out - at) / (self.level() * _mean_std(z)).square()

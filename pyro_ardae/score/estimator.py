@@ -114,3 +114,20 @@ class ScoreEstimator(nn.Module, ABC):
         if context is None:
             return rows, rows.new_zeros(rows.shape[1], 0)
         return rows, context.detach().reshape(rows.shape[1], width)
+
+    def _points(self, value: Tensor, samples: Tensor) -> Tensor:
+        """Check shapes; return detached values ``[N, B, dim]``.
+
+        :raises ValueError: if they are not those of the samples.
+        """
+        if value.shape[1:] != samples.shape[1:]:
+            raise ValueError(
+                f"{type(self).__name__}: expected value [N, *batch, dim] with the samples' batch "
+                f"shape and dim {tuple(samples.shape[1:])}, got {tuple(value.shape)}."
+            )
+        rows = samples.shape[1:-1].numel()  # there may be no values
+        return value.detach().reshape(len(value), rows, self.dim)
+
+    def _in_range(self, name: str, value: float | None, ok: bool, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{type(self).__name__}: expected {name} {expected}, got {value}.")

@@ -61,7 +61,7 @@ class KernelDensityScore(KernelEstimator):
     ) -> Float[Tensor, "N *batch"]:
         r"""The log of the density estimate, :math:`\log \frac1S \sum_i N(z; z_i, h^2 I)`."""
         z = self._draws(samples, context)
-        at = self._points(value, samples)
+        at = self._points(value, samples).movedim(1, 0)
         result = at.new_empty(at.shape[:-1])
         for chunk in self._chunks(z):
             volume = self.dim * (chunk.bandwidth.log().squeeze(-1) + 0.5 * math.log(2 * math.pi))

@@ -60,7 +60,7 @@ class KernelEstimator(ScoreEstimator):
 
     def __init__(self, dim: int, context_dim: int = 0, *, bandwidth: float = 1.0) -> None:
         super().__init__(dim, context_dim)
-        self._expect("bandwidth", bandwidth, 0.0 < bandwidth < float("inf"), "in (0, inf)")
+        self._in_range("bandwidth", bandwidth, 0.0 < bandwidth < float("inf"), "in (0, inf)")
         self.bandwidth = bandwidth
 
     @abstractmethod
@@ -92,7 +92,7 @@ class KernelEstimator(ScoreEstimator):
     ) -> Float[Tensor, "N *batch dim"]:
         """The score at ``value``, from ``samples`` alone."""
         z = self._draws(samples, context)
-        at = self._points(value, samples)
+        at = self._points(value, samples).movedim(1, 0)
         score = torch.empty_like(at)
         for chunk in self._chunks(z):
             fitted = self._fit(chunk.x, chunk.distance)
@@ -128,20 +128,6 @@ class KernelEstimator(ScoreEstimator):
                 "Raise num_score_samples."
             )
         return z.movedim(1, 0)
-
-    def _points(self, value: Tensor, samples: Tensor) -> Tensor:
-        """Checked and detached values ``[B, N, D]``."""
-        if value.shape[1:] != samples.shape[1:]:
-            raise ValueError(
-                f"{type(self).__name__}: expected value [N, *batch, dim] with the samples' batch "
-                f"shape and dim {tuple(samples.shape[1:])}, got {tuple(value.shape)}."
-            )
-        rows = samples.shape[1:-1].numel()
-        return value.detach().reshape(len(value), rows, self.dim).movedim(1, 0)
-
-    def _expect(self, name: str, value: float | None, ok: bool, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"{type(self).__name__}: expected {name} {expected}, got {value}.")
 
 
 def distances(y: Tensor, x: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class PaperARDAE(TrainedEstimator):
     ) -> Float[Tensor, "N *batch dim"]:
         """The score at ``value``: the network at sigma = 0."""
         _, context = self._rows(samples, context)
-        x = self._scaled(value.detach().reshape(len(value), -1, self.dim), center)
+        x = self._scaled(self._points(value, samples), center)
         score = self.input_scale * self._field(x, torch.zeros_like(x[..., :1]), context)
         return score.reshape(value.shape)
 

@@ -60,8 +60,8 @@ class SpectralScore(KernelEstimator):
         bandwidth: float = 1.0,
     ) -> None:
         super().__init__(dim, context_dim, bandwidth=bandwidth)
-        self._expect("num_eigen", num_eigen, num_eigen is None or num_eigen >= 1, ">= 1 or None")
-        self._expect("eigen_ratio", eigen_ratio, 0.0 < eigen_ratio <= 1.0, "in (0, 1]")
+        self._in_range("num_eigen", num_eigen, num_eigen is None or num_eigen >= 1, ">= 1 or None")
+        self._in_range("eigen_ratio", eigen_ratio, 0.0 < eigen_ratio <= 1.0, "in (0, 1]")
         self.num_eigen, self.eigen_ratio = num_eigen, eigen_ratio
 
     def _fit(self, x: Tensor, distance: Tensor) -> tuple[Tensor, ...]:

@@ -55,7 +55,7 @@ class SteinScore(KernelEstimator):
         self, dim: int, context_dim: int = 0, *, eta: float = 0.5, bandwidth: float = 1.0
     ) -> None:
         super().__init__(dim, context_dim, bandwidth=bandwidth)
-        self._expect("eta", eta, 0.0 < eta < float("inf"), "in (0, inf)")
+        self._in_range("eta", eta, 0.0 < eta < float("inf"), "in (0, inf)")
         self.eta = eta
 
     @torch.no_grad()

@@ -295,13 +295,8 @@ class WhitenedEstimator(TrainedEstimator):
         self, value: Tensor, samples: Tensor, context: Tensor | None, center: Tensor | None
     ) -> tuple[Frame, Tensor, Tensor]:
         z, context = self._rows(samples, context)
-        if value.shape[1:] != samples.shape[1:]:
-            raise ValueError(
-                f"{type(self).__name__}: expected value [N, *batch, dim] with the samples' batch "
-                f"shape and dim {tuple(samples.shape[1:])}, got {tuple(value.shape)}."
-            )
         frame = self.whitening.frame(self._less(z, center), context)
-        at = self._less(value.detach().reshape(len(value), -1, self.dim), center)
+        at = self._less(self._points(value, samples), center)
         return frame, frame.whiten(at), self._features(frame, context)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -321,7 +316,3 @@ class WhitenedEstimator(TrainedEstimator):
             weight_decay=self.weight_decay,
             fused=True,
         )
-
-    def _in_range(self, name: str, value: float, ok: bool, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"{type(self).__name__}: expected {name} {expected}, got {value}.")

@@ -325,3 +325,12 @@ def test_models_that_only_run_from_the_start_are_checked_too() -> None:
         AutoImplicit(subsampled, init_loc_fn=start)(torch.tensor([5, 6, 7]))
     with pytest.raises(ValueError, match="the data of site 'x' have NaN"):
         AutoImplicit(observed, init_loc_fn=start)(torch.tensor(NAN))
+
+
+def test_nan_that_is_no_data() -> None:
+    def model(x: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.deterministic("log_a", a.log())
+        pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+
+    AutoImplicit(model)(torch.tensor(1.0))

@@ -64,8 +64,8 @@ def test_the_exact_posterior_has_no_sampling_error() -> None:
         pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)).to_event(1))
 
     exact = dist.Normal(0.0, math.sqrt(2.0)).log_prob(X).sum()
-    for vectorize in (True, False):
-        found = elbo_estimate(model, posterior, X, num_samples=20, vectorize=vectorize)
+    for parallel in (True, False):
+        found = elbo_estimate(model, posterior, X, num_samples=20, parallel=parallel)
         assert found.value == pytest.approx(float(exact), abs=1e-5)
         assert found.error < 1e-5
         assert found.num_samples == 20

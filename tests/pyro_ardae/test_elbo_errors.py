@@ -90,6 +90,9 @@ def test_a_site_that_is_not_reparameterized(enumerate: str | None) -> None:
     with torch.no_grad():
         assert math.isfinite(elbo.loss(lambda _: model(), guide, True))
     assert math.isfinite(elbo.loss_and_grads(lambda _: model(), guide, False))
+    # A guide that is run several times in a step has not sampled it before either.
+    elbo = TraceImplicitEnum_ELBO(SMALL, num_particles=2, strict_enumeration_warning=False)
+    assert math.isfinite(elbo.loss_and_grads(lambda _: model(), guide, False))
 
 
 # ---- losses that need log q ----------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -132,6 +133,43 @@ def test_resumed_run_is_the_uninterrupted_one(factory: str, file: bool) -> None:
     torch.set_rng_state(restored["rng"])
     assert [svi_2.step(X) for _ in range(4)] == losses
     assert_same({"guide": guide_2.state_dict(), "elbo": elbo_2.state_dict()}, final)
+
+
+def test_resumed_run_that_guesses_its_plates() -> None:
+    """A new loss runs model and guide once more to count them; the run it goes on with has not."""
+    model, guide = Model(), Guide()
+    options: dict[str, Any] = {"num_particles": 2, "vectorize_particles": True}
+    elbo, optim = TraceImplicit_ELBO(FACTORIES["ardae"], **options), adam()
+    svi = SVI(model, guide, optim, loss=elbo)
+    svi.step(X)
+    saved = copy([guide.state_dict(), optim.get_state(), elbo.state_dict(), torch.get_rng_state()])
+    losses = [svi.step(X) for _ in range(2)]
+
+    pyro.clear_param_store()
+    guide, optim, elbo = Guide(), adam(), TraceImplicit_ELBO(FACTORIES["ardae"], **options)
+    guide.load_state_dict(saved[0])
+    optim.set_state(saved[1])
+    elbo.load_state_dict(saved[2])
+    svi = SVI(model, guide, optim, loss=elbo)
+    torch.set_rng_state(saved[3])
+    assert [svi.step(X) for _ in range(2)] == losses
+
+
+def test_reset_forgets_the_guessed_plates() -> None:
+    def model(size: int) -> None:
+        with pyro.plate("data", size) if size else nullcontext():
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide(size: int) -> None:
+        with pyro.plate("data", size) if size else nullcontext():
+            pyro.sample("z", Implicit(lambda e: e[..., 0], 1, event_shape=()))
+
+    elbo = TraceImplicit_ELBO(
+        partial(ARDAE, hidden_dim=4), num_particles=4, vectorize_particles=True
+    )
+    elbo.loss_and_grads(model, guide, 0)
+    elbo.reset()
+    elbo.loss_and_grads(model, guide, 5)
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -404,7 +442,7 @@ def test_building_an_estimator_does_not_shift_the_random_stream() -> None:
         for _ in range(2):
             elbo.loss_and_grads(model, guide, X, kept)
         drawn.append(kept)
-    assert len(drawn[0]) == len(drawn[1]) == 4
+    assert len(drawn[0]) == len(drawn[1]) == 5  # one of them the probe's
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
-from pyro_ardae import Implicit, log_likelihood
+from pyro_ardae import Implicit, elbo_estimate, log_likelihood, to_arviz
 
 X = torch.tensor([-1.0, 0.3, 2.0])
 
@@ -46,6 +48,58 @@ def test_every_point_of_a_local_model(standard_errors: Callable[[int], float]) -
     assert float(found.error.max()) < 0.01
     assert float(found.ess.min()) > 900
     assert "3 points, 1000 samples" in str(found)
+
+
+@pytest.mark.parametrize("by", ["obs_mask", "poutine", "distribution"])
+def test_latents_that_are_masked_out(by: str, standard_errors: Callable[[int], float]) -> None:
+    """They have no part in p(x)."""
+    seen = torch.tensor([True, True, False])
+
+    def model(x: Tensor) -> None:
+        if by == "obs_mask":
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            with pyro.plate("data", 3):
+                pyro.sample("x", dist.Normal(mu, 1.0), obs=x, obs_mask=seen)
+            return
+        with pyro.plate("data", 3), poutine.mask(mask=seen) if by == "poutine" else nullcontext():
+            rate = dist.LogNormal(0.0, 0.3)
+            z = pyro.sample("z", rate if by == "poutine" else rate.mask(seen))
+            pyro.sample("x", dist.Normal(z.log(), 1.0).mask(seen), obs=x)
+
+    def guide(x: Tensor) -> None:
+        if by == "obs_mask":
+            mu = pyro.sample("mu", dist.Normal(x[:2].sum() / 3, 3**-0.5))
+            with pyro.plate("data", 3):
+                pyro.sample("x_unobserved", dist.Normal(mu, 1.0))
+            return
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.LogNormal(x * 0.09 / 1.09, (0.09 / 1.09) ** 0.5))
+
+    found = log_likelihood(model, guide, X, num_samples=4000)
+    if by == "obs_mask":
+        exact = dist.MultivariateNormal(torch.zeros(2), torch.eye(2) + 1).log_prob(X[:2])
+    else:
+        exact = torch.where(seen, dist.Normal(0.0, 1.09**0.5).log_prob(X), 0.0)
+    assert bool(((found.value - exact).abs() < standard_errors(3) * found.error + 1e-4).all())
+    assert float(found.error.max()) < 0.1
+
+
+def test_an_improper_prior() -> None:
+    """It has no draws: the model's structure is seen on those of the guide."""
+
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(x.mean(), 3**-0.5))
+
+    centered = X - X.mean()
+    exact = -math.log(2 * math.pi) - 0.5 * math.log(3.0) - 0.5 * float(centered.square().sum())
+    assert float(log_likelihood(model, guide, X).value) == pytest.approx(exact, abs=0.02)
+    assert elbo_estimate(model, guide, X).value == pytest.approx(exact, abs=1e-4)
+    assert "prior" not in dir(to_arviz(model, guide, X, num_samples=10, prior=False))
 
 
 def test_all_data_of_a_global_model(standard_errors: Callable[[int], float]) -> None:

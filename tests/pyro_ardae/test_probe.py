@@ -113,7 +113,15 @@ def of_a_constant_by_parameter(a: Tensor) -> Implicit:
     return Implicit(lambda eps, c: NETS.loc.exp() * eps + c, D, NETS.encoder(X))
 
 
+def behind_a_transform(a: Tensor) -> Any:
+    base = Implicit(lambda eps, c: c + eps, D, NETS.encoder(X))
+    return dist.TransformedDistribution(
+        base, [dist.transforms.AffineTransform(rows(a), 2.0, event_dim=1)]
+    )
+
+
 RIGHT = [
+    behind_a_transform,
     of_nothing,
     of_features,
     of_data,
