@@ -113,7 +113,7 @@ class ImplicitPolicy(nn.Module):
 
     The part itself has no path to differentiate along. With the best probabilities, draws have the
     same :math:`\alpha \log \pi - Q` on average whatever their part; so the agent compares two, in
-    a quarter of the states. In a share of the states the parts are drawn evenly, so that one that
+    half of the states. In a share of the states the parts are drawn evenly, so that one that
     has lost its probability learns on, and can come back.
 
     With an r(c | z, s) that is off, :math:`-\log \pi` is too small on average (by the divergence
@@ -208,8 +208,8 @@ class ImplicitPolicy(nn.Module):
         """
         encoded, part, mean, variance = proposal
         count = len(obs)
-        # The middle quarter: half of it has evenly drawn parts, with the default share.
-        rows = slice(3 * count // 8, 3 * count // 8 + (count + 3) // 4)
+        # The middle half: half of it has evenly drawn parts, with the default share.
+        rows = slice(count // 4, count // 4 + (count + 1) // 2)
         # Draws and alternatives go the same way, together.
         obs = torch.cat([obs, obs[rows]])
         part = torch.cat([part, self._any(part[:, rows])], -1)

@@ -227,9 +227,9 @@ def test_odds_of_the_parts(
     part = actor.choose(encoded)
     agent.update_actor(obs, Proposal(encoded, part, still, still + 1))
     first, second = actor.trunk.layers[-1][..., 2:4].detach().flatten().tolist()
-    # A quarter of the states compares, and in half of it the other part, drawn evenly, is the same.
+    # Half of the states compare, and in half of them the other part, drawn evenly, is the same.
     assert first == pytest.approx(-second, abs=1e-12)
-    assert abs(first - difference / 2) < standard_errors(1) * difference / 2 / (count / 4) ** 0.5
+    assert abs(first - difference / 2) < standard_errors(1) * difference / 2 / (count / 2) ** 0.5
 
 
 @pytest.mark.usefixtures("float64")
