@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["UserError", "check_device", "check_options", "user_errors"]
+__all__ = ["UserError", "check_device", "check_options", "check_unread", "user_errors"]
 
 
 class UserError(Exception):

@@ -102,7 +102,9 @@ class RunFolder:
         :raises UserError: as :meth:`open` and :meth:`create`.
         """
         if (path / "config.json").exists():
-            return cls.open(path, config, columns, may_differ=may_differ)
+            folder = cls.open(path, config, columns, may_differ=may_differ)
+            folder.record(config)
+            return folder
         return cls.create(path, config, columns)
 
     @classmethod
@@ -114,28 +116,30 @@ class RunFolder:
         *,
         may_differ: Sequence[str],
     ) -> RunFolder:
-        """Opens a run folder to resume it.
+        """Opens a run folder to resume it; :meth:`record` has to follow once that is sure.
 
         :param Sequence[str] may_differ: options that need not be those of the run.
         :raises UserError: if there is no run, or its options differ.
-
-        ``config.json`` then holds the options of this call.
         """
-        recorded = cls.require(path, config, may_differ=may_differ)
-        folder = cls(path, columns)
+        cls.require(path, config, may_differ=may_differ)
+        return cls(path, columns)
+
+    def record(self, config: Mapping[str, Any]) -> None:
+        """Notes that the run goes on: ``config.json`` then holds the options of this call.
+
+        :raises UserError: if it cannot be written.
+        """
+        recorded = self.read_config(self.path)
         kept = {key: recorded.get(key) for key in ("out", "resume")}
         try:
-            folder.write_json("config.json", {**recorded, **config, **kept})
-            folder._note_command()
+            self.write_json("config.json", {**recorded, **config, **kept})
+            self._note_command()
         except OSError as error:
-            raise UserError(f"{path}: expected a writable folder, found: {error}") from None
-        return folder
+            raise UserError(f"{self.path}: expected a writable folder, found: {error}") from None
 
     @classmethod
-    def require(
-        cls, path: Path, config: Mapping[str, Any], *, may_differ: Sequence[str]
-    ) -> dict[str, Any]:
-        """Refuses a folder whose run has other options; returns those of the run.
+    def require(cls, path: Path, config: Mapping[str, Any], *, may_differ: Sequence[str]) -> None:
+        """Refuses a folder whose run has other options.
 
         :param Sequence[str] may_differ: options that need not be those of the run.
         :raises UserError: if there is no run, or its options differ.
@@ -149,7 +153,6 @@ class RunFolder:
         ]
         if differing:
             raise UserError(f"{path}: expected the run's options, found: " + "; ".join(differing))
-        return recorded
 
     @staticmethod
     def read_config(path: Path) -> dict[str, Any]:

@@ -250,8 +250,8 @@ def run(config: Config) -> Path:
         folder = RunFolder.create(path, options, COLUMNS)
     else:
         path = config.resume
-        RunFolder.require(path, options, may_differ=MAY_DIFFER)
-        state = RunFolder(path, COLUMNS).load("latest", config.device)
+        folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
+        state = folder.load("latest", config.device)
         done = state["collector"]["steps"]
         if config.steps > done and not state["may_go_on"]:
             raise UserError(
@@ -260,7 +260,7 @@ def run(config: Config) -> Path:
                 "one with --out, or let runs end at a checkpoint"
             )
         training.load_state(state)
-        folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
+        folder.record(options)
         folder.drop_rows_after(training.steps_done)
     train(training, folder)
     folder.close()

@@ -286,9 +286,9 @@ def run(config: Config) -> Path:
         folder = RunFolder.create(path, options, COLUMNS)
     else:
         path = config.resume
-        RunFolder.require(path, options, may_differ=MAY_DIFFER)
-        training.load_state(RunFolder(path, COLUMNS).load("latest", config.device))
         folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
+        training.load_state(folder.load("latest", config.device))
+        folder.record(options)
         folder.drop_rows_after(training.steps_done)
     train(training, folder)
     folder.close()

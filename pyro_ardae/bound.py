@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Size, Tensor
 
 from pyro_ardae.elbo import (
@@ -22,7 +21,7 @@ from pyro_ardae.elbo import (
 )
 from pyro_ardae.implicit import Implicit
 from pyro_ardae.score import ARDAE
-from pyro_ardae.unconstrained import plate_nesting
+from pyro_ardae.unconstrained import plate_nesting, traces_of
 
 __all__ = ["ElboEstimate", "elbo_estimate"]
 
@@ -157,15 +156,12 @@ def elbo_estimate(
     # Batches, whose means are independent, so that a loss that sums over particles will do.
     batches = min(num_samples, 20 if parallel else num_samples)
     particles = math.ceil(num_samples / batches)
-    with torch.no_grad(), poutine.block():
-        drawn = poutine.trace(guide).get_trace(*args)
-        traces = drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args)
     elbo = kind(
         factory,
         loss.num_score_samples if loss is not None and started else None,
         num_score_contexts=loss.num_score_contexts if loss is not None else None,
         num_particles=particles,
-        max_plate_nesting=plate_nesting(*traces),
+        max_plate_nesting=plate_nesting(*traces_of(model, guide, args)),
         vectorize_particles=parallel and particles > 1,
         strict_enumeration_warning=loss is None or loss.strict_enumeration_warning,
     )

@@ -29,7 +29,7 @@ __all__ = [
     "plate_nesting",
     "refuse_subsampling",
     "run_many",
-    "trace_of",
+    "traces_of",
     "unscaled_log_prob",
 ]
 
@@ -79,9 +79,10 @@ class UnconstrainedModel:
         self, model: Callable[..., Any], *args: Any, guide: Callable[..., Any] | None = None
     ) -> None:
         self.model, self.args = model, args
-        trace = self.trace = trace_of(model, guide, args)
+        *_, trace = traces_of(model, guide, args)
         with fork_rng():  # the stream goes on as after one run
-            again = trace_of(model, guide, args)
+            *_, again = traces_of(model, guide, args)
+        self.trace = trace
         self.sites = latent_sites(trace)
         if not self.sites:
             raise ValueError(
@@ -162,13 +163,16 @@ class UnconstrainedModel:
             self.max_plate_nesting,
         )
         terms = [unscaled_log_prob(site) for site in _samples(trace)]
-        for name, (_, jacobian, normal) in constrained.items():
+        for name, (_, term, real) in constrained.items():
             counts = _mask(trace.nodes[name])
-            terms.append(jacobian if counts is None else torch.where(counts, jacobian, normal))
+            if counts is not None:
+                normal = self._by_element(-0.5 * (real.square() + math.log(2 * math.pi)))
+                term = torch.where(counts, term, normal)
+            terms.append(term)
         return torch.stack([self._sum(term, len(latent)) for term in terms]).sum(0)
 
     def _constrained(self, latent: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """By site, its value, log |det dz/du| and log N(u) ``[draws, *plates, …]``."""
+        """By site, its value, log |det dz/du| and u, ``[draws, *plates, …]``."""
         result = {}
         parts = latent.split([shape.numel() for shape in self._shapes.values()], -1)
         order = [0, *self._batch_dims, *self._other_dims]
@@ -179,11 +183,13 @@ class UnconstrainedModel:
             transform = biject_to(site["fn"].support)
             value = transform(real)
             jacobian = transform.log_abs_det_jacobian(real, value)
-            normal = -0.5 * (real.square() + math.log(2 * math.pi))
-            rank = 1 + self.max_plate_nesting
-            terms = (t.flatten(rank).sum(-1) if t.dim() > rank else t for t in (jacobian, normal))
-            result[name] = (value, *terms)
+            result[name] = (value, self._by_element(jacobian), real)
         return result
+
+    def _by_element(self, term: Tensor) -> Tensor:
+        """Sum over the dimensions of an event."""
+        rank = 1 + self.max_plate_nesting
+        return term.flatten(rank).sum(-1) if term.dim() > rank else term
 
     def _sum(self, term: Tensor, num_draws: int) -> Tensor:
         """Sum over everything but draws and batch."""
@@ -249,14 +255,17 @@ def run_many(
         return poutine.trace(fn).get_trace(*args)
 
 
-def trace_of(
+def traces_of(
     model: Callable[..., Any], guide: Callable[..., Any] | None, args: tuple[Any, ...]
-) -> poutine.Trace:
-    """A trace of a model with latents drawn from the guide, or from the prior if there is none."""
+) -> list[poutine.Trace]:
+    """A trace of the guide and one of the model with its draws; of the model alone, drawn from the
+    prior, if there is no guide.
+    """
     with torch.no_grad(), poutine.block():
-        if guide is not None:
-            model = poutine.replay(model, trace=poutine.trace(guide).get_trace(*args))
-        return poutine.trace(model).get_trace(*args)
+        if guide is None:
+            return [poutine.trace(model).get_trace(*args)]
+        drawn = poutine.trace(guide).get_trace(*args)
+        return [drawn, poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args)]
 
 
 def unscaled_log_prob(site: Any) -> Tensor:
