@@ -17,8 +17,9 @@ policy is p. Columns of results.csv, a row for each run and state:
   n of N draws in each, K cells hit: :math:`\sum (n/N) \log (n/(N P)) - (K - 1) / (2 N)`;
 - ``weight``, ``weight_exact``: mass of π and of p in the half-space of the first mode;
 - ``log_prob_error``: mean over draws of the policy of |estimated log q(z | s) - that of a
-  histogram of 4 million other draws of z|, of the implicit policy;
-- ``log_z``, ``stein``: as in docs/sac.md.
+  histogram of ``--draws`` other draws of z|, of the implicit policy; ``log_prob_bias``, the same
+  without the magnitude;
+- ``score_loss``, ``stein``, ``stein_se``, ``log_z``, ``width``: as in docs/sac.md.
 
 With a factorized bandit (6d) ``kl`` is the mean over coordinates, and ``smallest_mode`` and
 ``largest_mode`` are the modes' weights relative to the exact ones.

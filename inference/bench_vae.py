@@ -7,9 +7,9 @@ vae``.
 For each row, a preset of ``inference.vae``, it first measures the milliseconds of a training step,
 model and score estimator apart, all rows taking turns in one process. The number of steps of a run
 is what the budget holds at that rate, with a tenth kept back for validations, and the preset's
-schedule is stretched to it; the run ends with the budget in any case. Each is evaluated by
-importance sampling on the test images and by annealed importance sampling on a random subset
-(:mod:`inference.tight`).
+schedule is stretched to it. With a clock on the wall the run also ends with the budget; CPU time is
+only what steps are timed in. Each is evaluated by importance sampling on the test images and by
+annealed importance sampling on a random subset (:mod:`inference.tight`).
 
 The folder holds a run folder for each row and seed, ``config.json`` with what they have in common,
 ``steps.csv``, ``results.csv`` and ``table.md`` (:mod:`inference.bench_vae_table`). The same command

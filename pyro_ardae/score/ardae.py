@@ -61,8 +61,9 @@ class ARDAE(WhitenedEstimator):
     :param whitening: see :class:`~pyro_ardae.score.whitening.Whitening`.
     :param delta: largest :math:`\sigma`, in standard deviations of q (with ``whitening="none"``,
         in units of z), in (0, 1].
-    :param num_folds: parts, >= 2, into which an update cuts the draws of every context: by default
-        as many as leave 512 draws, over all contexts, to each, but 4 to 8.
+    :param num_folds: parts into which an update cuts the draws of every context, >= 2, or >= 1
+        without context or with ``whitening`` "centered" or "none": by default as many as leave 512
+        draws, over all contexts, to each, but 4 to 8.
     :param num_steps: optimizer steps per update, each on one part: by default on all. With fewer,
         the remaining draws serve the moments alone.
     :param learning_rate: Adam's step size, after ``warm_up`` steps.

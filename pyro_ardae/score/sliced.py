@@ -47,8 +47,9 @@ class SlicedScore(WhitenedEstimator):
     :param hidden_dim: width of the network, >= 1.
     :param depth: hidden layers of the network, >= 1.
     :param whitening: see :class:`~pyro_ardae.score.whitening.Whitening`.
-    :param num_folds: parts, >= 2, into which an update cuts the draws of every context: by default
-        as many as leave 512 draws, over all contexts, to each, but 4 to 8.
+    :param num_folds: parts into which an update cuts the draws of every context, >= 2, or >= 1
+        without context or with ``whitening`` "centered" or "none": by default as many as leave 512
+        draws, over all contexts, to each, but 4 to 8.
     :param num_steps: optimizer steps per update, each on one part: by default on all. With fewer,
         the remaining draws serve the moments alone.
     :param learning_rate: Adam's step size, > 0, after ``warm_up`` steps.
