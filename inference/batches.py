@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference.errors import UserError
+
 __all__ = ["Order", "chosen", "generator"]
 
 
@@ -39,7 +41,12 @@ class Order:
 
 
 def chosen(count: int, num_points: int | None, seed: int) -> Tensor:
-    """A random subset of ``count`` rows; all of them, in order, for ``None`` or too few."""
+    """A random subset of ``count`` rows; all of them, in order, for ``None`` or too few.
+
+    :raises UserError: for less than one.
+    """
+    if num_points is not None and num_points < 1:
+        raise UserError(f"expected a positive number of data points, found {num_points}")
     if num_points is None or num_points >= count:
         return torch.arange(count)
     return torch.randperm(count, generator=generator(seed, 1, 0))[:num_points]

@@ -31,12 +31,12 @@ class _Stopwatch:
     """Wall-clock time so far, or this process's CPU time; a GPU is waited for."""
 
     def __init__(self, device: str, clock: Clock) -> None:
-        self.cuda = device.startswith("cuda")
+        self.device = device
         self.clock = time.perf_counter if clock == "wall" else time.process_time
 
     def __call__(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
         return self.clock()
 
 

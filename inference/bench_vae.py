@@ -36,7 +36,7 @@ from inference.evaluate import describe_tight, evaluate_tight, restore
 from inference.posterior_table import write
 from inference.presets import PRESETS, Config, build_data
 from inference.run import RunFolder, make_folder
-from inference.tight import Tight, load
+from inference.tight import Tight, check_tight, load
 from inference.vae import run
 
 __all__ = ["Vae", "bench_vae"]
@@ -104,6 +104,9 @@ def bench_vae(options: Vae) -> Path:
     if unknown or not options.rows:
         raise UserError(f"--rows: expected presets of inference.vae, found {unknown or 'none'}")
     check_device(options.device)
+    check_tight(options.tight)
+    if options.steps is not None and options.steps < 1:
+        raise UserError(f"--steps: expected a positive number, found {options.steps}")
     if options.budget_seconds <= 0 or not options.seeds or options.timed_steps < 1:
         raise UserError(
             "--budget-seconds, --seeds, --timed-steps: expected a positive time, one seed at least "
@@ -130,20 +133,34 @@ def bench_vae(options: Vae) -> Path:
             config, vae = restore(path, data_dir=options.data_dir, device=options.device)
             figures = evaluate_tight(path, config, vae, options.tight)
             density = "elbo_energy" not in load(path)
-            print(f"{path.name}: " + describe_tight(options.tight, figures, density=density))
+            shown = describe_tight(options.tight, figures, guide=config.guide, density=density)
+            print(f"{path.name}: {shown}")
         # After each run, so that a stopped benchmark has its table too.
         done = [one for one in runs if _evaluated(_folder(options, *one), options.tight)]
         results = collect(options.out, done, steps)
         write_results(options.out / "results.csv", results)
-        text = table(options.out, results, budget_seconds=options.budget_seconds)
+        text = table(options.out, results, budget=_budget(options))
         (options.out / "table.md").write_text(text)
     print(f"\n{text}")
     return options.out
 
 
+def _budget(options: Vae) -> str:
+    """What each run has, in words."""
+    wall = f"{options.budget_seconds:g} s"
+    if options.clock == "wall":
+        return wall if options.steps is None else f"{options.steps:,} steps, {wall} at most"
+    if options.steps is not None:
+        return f"{options.steps:,} steps"
+    return f"as many steps as {STEP_SHARE * options.budget_seconds:g} s of CPU time hold"
+
+
 def _settle(options: Vae) -> None:
     """Writes down what all runs of the folder have in common, or refuses another choice."""
-    names = ("budget_seconds", "clock", "steps", "test_points", "test_samples")
+    names = (
+        *("budget_seconds", "clock", "steps", "threads", "device"),
+        *("test_points", "test_samples"),
+    )
     settled = {name: getattr(options, name) for name in names}
     if (options.out / "config.json").exists():
         RunFolder.require(options.out, settled, may_differ=())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from inference.errors import UserError
+from inference.options import BOUNDED
 from inference.posterior_table import Row, write
 from inference.presets import PRESETS
 from inference.run import read_metrics
@@ -86,7 +87,7 @@ def collect(out: Path, runs: Sequence[Key], steps: Mapping[str, Row]) -> dict[Ke
             # With a density, the ELBO itself.
             "elbo_bound": found.get("ais_elbo_bound", found["ais_elbo"]),
             "gap_bound": found.get("ais_gap_bound", found["ais_gap"]),
-            "density": float("elbo_energy" not in arrays),
+            "density": float("elbo_energy" not in arrays and PRESETS[row][1].guide not in BOUNDED),
         }
         other = (baseline(row), seed)
         if other in runs and other != (row, seed):
@@ -101,8 +102,10 @@ def write_results(path: Path, results: Mapping[Key, Row]) -> None:
     write(path, results, COLUMNS)
 
 
-def table(out: Path, results: Mapping[Key, Row], *, budget_seconds: float) -> str:
+def table(out: Path, results: Mapping[Key, Row], *, budget: str) -> str:
     """Markdown: one line a row, mean ± standard deviation over its seeds.
+
+    ``budget`` says what each run had, "3600 s".
 
     The difference to the Gaussian guide is taken image by image and averaged over the seeds that
     both have; its ± is the standard error over images of that average. Its spread over seeds
@@ -113,8 +116,8 @@ def table(out: Path, results: Mapping[Key, Row], *, budget_seconds: float) -> st
     first = next(iter(results.values()))
     points = "all" if math.isnan(first["test_points"]) else f"{first['test_points']:,.0f}"
     lines = [
-        f"{budget_seconds:g} s of training for each run. Mean ± standard deviation over seeds, "
-        "nats. AIS: annealed importance sampling on "
+        f"Training of each run: {budget}. Mean ± standard deviation over seeds, nats. AIS: "
+        "annealed importance sampling on "
         f"{first['ais_points']:,.0f} random test images, the same for all; the standard error over "
         f"images, common to all rows, is {first['ais_log_px_se']:.2f}. IS: importance sampling "
         f"with a Gaussian fitted to the guide, {points} test images, "
@@ -149,8 +152,8 @@ def table(out: Path, results: Mapping[Key, Row], *, budget_seconds: float) -> st
     if marked:
         lines += [
             "",
-            "\\* Without a density: the ELBO is a lower bound, the gap an upper one, by "
-            "log q given a part of the guide's noise.",
+            "\\* Without a density: the ELBO is a lower bound, the gap an upper one, by log q "
+            "given a part of the guide's noise or by the bound that the guide is trained with.",
         ]
     return "\n".join(lines) + "\n"
 

@@ -185,6 +185,7 @@ def build(
 
 def train(training: Training, folder: RunFolder, clock: Callable[[], float]) -> None:
     """The training loop."""
+    folder.prepare()
     started, losses, logged = clock(), [], 0.0
     with tqdm(unit="step", mininterval=1.0) as progress:
         while training.progress < 1:

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["UserError", "check_device", "check_options", "check_unread", "user_errors"]
+__all__ = [
+    "UserError",
+    "check_device",
+    "check_options",
+    "check_unread",
+    "positive",
+    "user_errors",
+]
 
 
 class UserError(Exception):
@@ -40,6 +47,15 @@ def check_options(options: Any, conditions: Iterable[tuple[bool, str, str]]) -> 
         if not holds:
             found = getattr(options, option.replace("-", "_"))
             raise UserError(f"--{option}: expected {expected}, found {found}")
+
+
+def positive(options: Any, *names: str) -> list[tuple[bool, str, str]]:
+    """Conditions for :func:`check_options`: these options are above 0, or left out (None)."""
+    found = {name: getattr(options, name) for name in names}
+    return [
+        (value is None or value > 0, name.replace("_", "-"), "a positive number")
+        for name, value in found.items()
+    ]
 
 
 def check_unread(options: Any, defaults: Any, names: Iterable[str], *, reader: str) -> None:

@@ -26,13 +26,22 @@ import tyro
 from torch import Tensor
 
 from inference.data import Dataset
-from inference.errors import UserError, check_device, user_errors
+from inference.errors import (
+    UserError,
+    check_device,
+    check_options,
+    check_unread,
+    positive,
+    user_errors,
+)
+from inference.options import BOUNDED
 from inference.precision import full_precision
 from inference.presets import Config, build_data, build_vae
 from inference.run import RunFolder, use_threads
 from inference.tight import (
     POINTS_AT_ONCE,
     Tight,
+    check_tight,
     load,
     paired,
     save,
@@ -257,9 +266,11 @@ def evaluate_tight(run: Path, config: Config, vae: VAE, tight: Tight) -> dict[st
     return figures
 
 
-def describe_tight(tight: Tight, figures: dict[str, float], *, density: bool) -> str:
+def describe_tight(tight: Tight, figures: dict[str, float], *, guide: str, density: bool) -> str:
     """The figures of :func:`evaluate_tight` in words."""
     limits = "" if density else " (ELBO too high, gap too small, by the misfit of the entropy)"
+    if guide in BOUNDED:
+        limits = " (ELBO too low, gap too large, by the looseness of the bound)"
     if "ais_gap_bound" in figures:
         limits += (
             f"\nat least ELBO {figures['ais_elbo_bound']:.3f}, at most gap "
@@ -275,10 +286,22 @@ def describe_tight(tight: Tight, figures: dict[str, float], *, density: bool) ->
     )
 
 
+def _check(options: Evaluation) -> None:
+    if options.ais:
+        unread = ("seed", "test_points", "test_samples", "guide_samples")
+        check_unread(options, Evaluation(options.run), unread, reader="--ais")
+        check_tight(options.tight)
+    else:
+        names = [field.name for field in dataclasses.fields(Tight)]
+        check_unread(options.tight, Tight(), names, reader="an evaluation without --ais")
+        check_options(options, positive(options, "test_points", "test_samples", "guide_samples"))
+
+
 def main() -> None:
     """Evaluates a run again."""
     options = tyro.cli(Evaluation, prog="python -m inference.evaluate", description=__doc__)
     with user_errors():
+        _check(options)
         own = {"run", "ais", "tight", "against"}
         given = {
             key: value
@@ -291,7 +314,7 @@ def main() -> None:
         if options.ais:
             figures = evaluate_tight(options.run, config, vae, options.tight)
             density = "elbo_energy" not in load(options.run)
-            print(describe_tight(options.tight, figures, density=density))
+            print(describe_tight(options.tight, figures, guide=config.guide, density=density))
         else:
             print(describe(config, final_evaluation(config, vae, build_data(config))))
         if options.against is not None:

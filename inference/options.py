@@ -14,7 +14,7 @@ import tyro
 
 from inference.precision import training_dtype
 
-__all__ = ["EXPLICIT", "MAY_DIFFER", "SCORED", "Config", "Guide"]
+__all__ = ["BOUNDED", "ESTIMATE", "EXPLICIT", "MAY_DIFFER", "SCORED", "Config", "Guide"]
 
 Guide = Literal[
     "gaussian",
@@ -29,6 +29,9 @@ Guide = Literal[
 
 #: Guides without a density: their score is estimated.
 SCORED = ("implicit", "hierarchical-implicit", "avb")
+
+#: Guides whose density is known by a bound, which makes their ELBO too low.
+BOUNDED = ("auxiliary", "sivi")
 
 #: Guides with an ELBO that can be evaluated, by :meth:`models.vae.VAE.explicit`.
 EXPLICIT = ("gaussian", "fullcov", "auxiliary", "flow", "sivi")
@@ -199,9 +202,11 @@ class Config:
         return f"{self.task}-{self.guide}"
 
 
+#: Options of the estimate of log p(x) on the validation data.
+ESTIMATE = ("valid_points", "valid_samples", "guide_samples", "prior_weight")
+
 #: Options that a resumed run may change: none of them changes a step.
 MAY_DIFFER = (
     *("steps", "budget_seconds", "device", "threads", "data_dir", "download", "out", "resume"),
-    *("valid_every", "valid_points", "valid_samples", "checkpoint_every"),
-    *("test_points", "test_samples", "guide_samples", "prior_weight"),
+    *("valid_every", "checkpoint_every", *ESTIMATE, "test_points", "test_samples"),
 )

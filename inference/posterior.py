@@ -10,7 +10,7 @@ Examples::
     python -m inference.posterior --seconds 10 --clock cpu --seeds 0
 
 Every guide trains on every posterior for the same time, once for each seed: that of its training
-steps and of its first call. Then draws of it are compared with draws of the posterior
+steps. Then draws of it are compared with draws of the posterior
 (:mod:`inference.reference`: NUTS, or exact ones), in constrained space, in units of the
 posterior's standard deviations (:mod:`inference.distances`).
 
@@ -20,7 +20,8 @@ after an interruption the same command goes on, and posteriors, guides and seeds
 Columns of results.csv:
 
 - ``posterior``, ``guide``, ``seed``: the run. The guide ``floor`` is one half of the reference
-  draws, compared with the other: what a perfect guide would have;
+  draws, compared with the other. These are half as many draws as a guide is compared by, so that
+  where all is noise a perfect guide has a distance smaller by the root of 2;
 - ``sliced_wasserstein``: the sliced 2-Wasserstein distance;
 - ``ks``, ``ks_worst``: the Kolmogorov-Smirnov distance, mean and largest over the coordinates;
 - ``c2st``: accuracy of a classifier that tells the draws apart, 0.5 to 1;

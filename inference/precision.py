@@ -38,7 +38,7 @@ def process_precision(device: str, *, tf32: bool) -> None:
 
 @contextmanager
 def full_precision(vae: nn.Module) -> Iterator[None]:
-    """Within it, the matrix products of a model are in fp32."""
+    """Within it, matrix products and convolutions of a model are in fp32."""
     networks = [module for module in vae.modules() if isinstance(module, Network)]
     dtypes = [network.compute_dtype for network in networks]
     matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
@@ -47,6 +47,7 @@ def full_precision(vae: nn.Module) -> Iterator[None]:
             network.compute_dtype = None
         if matmul != "highest":
             torch.set_float32_matmul_precision("highest")
+        if cudnn:  # torch's default, whatever the precision of matrix products
             torch.backends.cudnn.allow_tf32 = False
         yield
     finally:
@@ -54,4 +55,5 @@ def full_precision(vae: nn.Module) -> Iterator[None]:
             network.compute_dtype = dtype
         if matmul != "highest":
             torch.set_float32_matmul_precision(matmul)
-            torch.backends.cudnn.allow_tf32 = cudnn
+        if cudnn:
+            torch.backends.cudnn.allow_tf32 = True

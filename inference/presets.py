@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from inference.build import build_data, build_loss, build_score_estimator, build_vae
-from inference.errors import UserError, check_device, check_options, check_unread
+from inference.errors import UserError, check_device, check_options, check_unread, positive
 from inference.options import MAY_DIFFER, SCORED, Config
 
 __all__ = [
@@ -240,29 +240,32 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 
 
 def _in_range(config: Config) -> list[tuple[bool, str, str]]:
-    positive = (
-        *("steps", "batch_size", "learning_rate", "num_particles", "num_mixing"),
-        *("flow_transforms", "auxiliary_dim", "score_hidden_dim", "score_depth"),
-        *("score_learning_rate", "score_folds", "num_score_updates"),
-        *("valid_every", "valid_points", "valid_samples", "checkpoint_every", "test_samples"),
-    )
-    if_given = ("budget_seconds", "threads", "decoder_learning_rate", "clip_norm")
-    if_given += ("score_steps", "num_score_contexts", "test_points")
     unit = ("average_decay", "adam_beta1", "prior_weight")
-    conditions = [(getattr(config, name) > 0, name, "a positive number") for name in positive]
-    conditions += [
-        (getattr(config, name) is None or getattr(config, name) > 0, name, "a positive number")
-        for name in if_given
-    ]
+    not_negative = ("seed", "beta_steps", "decay_start", "decay_steps", "deviation_decay")
+    not_negative += ("adam_eps",)
+    conditions = positive(
+        config,
+        *("steps", "batch_size", "learning_rate", "num_particles", "num_mixing", "gain"),
+        *("flow_transforms", "auxiliary_dim", "noise_dim", "score_hidden_dim", "score_depth"),
+        *("score_learning_rate", "score_folds", "score_steps", "num_score_updates"),
+        *("num_score_contexts", "valid_every", "valid_points", "valid_samples"),
+        *("checkpoint_every", "test_points", "test_samples"),
+        *("budget_seconds", "threads", "decoder_learning_rate", "clip_norm"),
+    )
     conditions += [(0 <= getattr(config, name) < 1, name, "a number in [0, 1)") for name in unit]
+    conditions += [(getattr(config, name) >= 0, name, "0 at least") for name in not_negative]
+    for name in ("valid_samples", "test_samples"):
+        of_prior = round(config.prior_weight * getattr(config, name))
+        enough = config.prior_weight == 0 or 0 < of_prior < getattr(config, name)
+        conditions.append((enough, name, "enough for a share of --prior-weight"))
     deviates = config.guide in ("implicit", "avb") and config.base != "none"
+    width = config.latent_dim * (2 if config.architecture == "mlp2" else 1)
     scored = config.guide in SCORED
     folds, draws, dim = config.score_folds, config.num_score_samples, config.latent_dim
     conditions += [
-        (config.guide_samples > 1, "guide_samples", "2 at least"),
-        (not deviates or 0 < config.gain < 1, "gain", "a number in (0, 1)"),
+        (config.guide_samples >= 2 * width, "guide_samples", f"two a latent, {2 * width}"),
+        (not deviates or config.gain < 1, "gain", "a number in (0, 1)"),
         (not deviates or config.noise_dim >= dim, "noise_dim", f"the latent's width, {dim}"),
-        (config.noise_dim > 0, "noise_dim", "a positive number"),
         (not scored or draws >= max(2, folds), "num_score_samples", "--score-folds, 2 at least"),
     ]
     return [(holds, name.replace("_", "-"), expected) for holds, name, expected in conditions]
@@ -287,7 +290,15 @@ def check(config: Config) -> None:
     unread |= {"images", "download"} if config.data != "dbmnist" else set()
     unread |= {"train_on_valid"} if toy else {"decoder_input_scale"}
     unread |= {"activation", "decoder_activation"} if residual else set()
+    if config.guide in SCORED and config.base == "none":
+        unread |= {"gain", "deviation_decay"}
+    if config.beta_steps == default.beta_steps == 0:
+        unread |= {"beta_start", "beta_shape"}
+    if config.decay_steps == default.decay_steps == 0:
+        unread |= {"decay_start"}
     check_unread(config, default, sorted(unread), reader=config.preset)
+    if config.resume is not None and config.out is not None:
+        raise UserError("--out: a resumed run stays in its folder, expected it to be left out")
     if config.guide == "hierarchical-implicit" and config.base == "none":
         raise UserError(
             f"--base: {config.preset} deviates from a Gaussian, expected diagonal or full, "

@@ -176,12 +176,18 @@ class RunFolder:
         partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
         os.replace(partial, self.path / name)
 
+    @staticmethod
+    def prepare() -> None:
+        """Imports TensorBoard. It takes a second, which a clock of training should not count; and
+        not every use of a run folder logs.
+        """
+        import torch.utils.tensorboard  # noqa: F401
+
     def log(self, row: Mapping[str, float]) -> None:
         """Appends a row of metrics to ``metrics.csv`` and to TensorBoard."""
         with (self.path / "metrics.csv").open("a", newline="") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
         if self._writer is None:
-            # Imported late: it takes a second, and not every use of a run folder logs.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(

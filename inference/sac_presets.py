@@ -13,7 +13,7 @@ from typing import Literal, TypedDict, get_args
 import torch
 import tyro
 
-from inference.errors import UserError, check_device, check_options, check_unread
+from inference.errors import UserError, check_device, check_options, check_unread, positive
 from inference.precision import training_dtype
 from inference.sac_policy import ExplicitPolicy, ImplicitPolicy, Policy
 from models.actors import FlowActor, GaussianActor, ImplicitActor
@@ -225,21 +225,18 @@ def check(config: Config) -> None:
     """
     conditions = (
         (0 <= config.seed < 2**32, "seed", "a number in [0, 2^32)"),
-        (config.steps > 0, "steps", "a positive number"),
-        (config.num_envs > 0, "num-envs", "a positive number"),
-        (config.eval_every > 0, "eval-every", "a positive number"),
-        (config.eval_episodes > 0, "eval-episodes", "a positive number"),
-        (config.checkpoint_every > 0, "checkpoint-every", "a positive number"),
-        (config.threads > 0, "threads", "a positive number"),
+        *positive(
+            config,
+            *("steps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "threads"),
+            *("learning_rate", "actor_learning_rate", "policy_delay", "noise_dim"),
+            *("score_depth", "score_learning_rate", "score_steps"),
+        ),
         (config.learning_starts >= 0, "learning-starts", "no negative number"),
         (min(config.hidden_dims, default=0) > 0, "hidden-dims", "positive widths"),
         (config.buffer_size >= config.num_envs, "buffer-size", "--num-envs at least"),
         (config.batch_size > 1, "batch-size", "at least 2"),
         (0 <= config.gamma < 1, "gamma", "a discount in [0, 1)"),
         (0 < config.tau <= 1, "tau", "a share in (0, 1]"),
-        (config.learning_rate > 0, "learning-rate", "a positive number"),
-        (config.actor_learning_rate > 0, "actor-learning-rate", "a positive number"),
-        (config.policy_delay > 0, "policy-delay", "a positive number"),
         (config.alpha > 0, "alpha", "a positive temperature"),
         (min(config.noise_hidden_dims, default=0) > 0, "noise-hidden-dims", "positive widths"),
         (config.noise_scale > 0, "noise-scale", "a positive factor"),
@@ -251,8 +248,6 @@ def check(config: Config) -> None:
         (config.bound > 0, "bound", "a positive magnitude"),
         (config.jacobian_clamp >= 0, "jacobian-clamp", "no negative number"),
         (config.score_hidden_dim > 0, "score-hidden-dim", "a positive width"),
-        (config.score_depth > 0, "score-depth", "a positive number"),
-        (config.score_learning_rate > 0, "score-learning-rate", "a positive number"),
         (0 < config.score_delta <= 1, "score-delta", "a scale in (0, 1]"),
         (config.score_ratio_weight >= 0, "score-ratio-weight", "no negative number"),
         (
@@ -260,8 +255,6 @@ def check(config: Config) -> None:
             "score-normalizer-draws",
             "a positive number, or 0 with a --score-ratio-weight",
         ),
-        (config.noise_dim is None or config.noise_dim > 0, "noise-dim", "a positive number"),
-        (config.score_steps > 0, "score-steps", "a positive number"),
         (config.score_draws >= config.score_steps, "score-draws", "--score-steps at least"),
     )
     check_options(config, conditions)

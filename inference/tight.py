@@ -18,11 +18,20 @@ from torch import Tensor
 
 from inference.ais import annealed_importance_sampling, refine_gaussian
 from inference.entropy import fit_energy, implicit_elbo
-from inference.errors import UserError
+from inference.errors import UserError, check_options, positive
 from models.vae import VAE
 from pyro_ardae.evaluate import elbo, fit_gaussian
 
-__all__ = ["FILE_NAME", "Tight", "load", "paired", "save", "summary", "tight_evaluation"]
+__all__ = [
+    "FILE_NAME",
+    "Tight",
+    "check_tight",
+    "load",
+    "paired",
+    "save",
+    "summary",
+    "tight_evaluation",
+]
 
 #: File of a run folder that holds the figures of each image.
 FILE_NAME = "ais.npz"
@@ -61,6 +70,20 @@ class Tight:
     1,000 images leave an error of 0.02 nats."""
     bound_mixing: int = 64
     """Others whose noise the density of each of these draws is averaged over."""
+
+
+def check_tight(options: Tight) -> None:
+    """Refuses options out of range.
+
+    :raises UserError: naming the first of them.
+    """
+    names = ("points", "chains", "temperatures", "leapfrog", "start_samples", "elbo_samples")
+    names += ("energy_updates", "bound_samples")
+    not_negative = ("points_seed", "refinement_steps", "bound_mixing")
+    conditions = positive(options, *names)
+    for name in not_negative:
+        conditions.append((getattr(options, name) >= 0, name.replace("_", "-"), "0 at least"))
+    check_options(options, conditions)
 
 
 def tight_evaluation(

@@ -46,6 +46,7 @@ from inference.data import Dataset
 from inference.errors import UserError, user_errors
 from inference.evaluate import describe, evaluate, final_evaluation
 from inference.optim import TorchOptim
+from inference.options import ESTIMATE
 from inference.precision import process_precision
 from inference.presets import (
     MAY_DIFFER,
@@ -59,6 +60,7 @@ from inference.presets import (
 )
 from inference.run import RunFolder, keep_freed_memory, load_rng_state, rng_state, use_threads
 from inference.surrogate import surrogate_loss
+from inference.tight import FILE_NAME as TIGHT_FILE
 from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
 
@@ -97,6 +99,10 @@ class Training:
         self.steps_done = 0
         self.seconds = 0.0
         self.best_valid = -float("inf")
+        self.loss_sum: float | Tensor = 0.0
+        """Of the steps since the last row of metrics.csv, ..."""
+        self.loss_count = 0
+        """... as many as these."""
 
     def _adam(self) -> torch.optim.Optimizer:
         config, vae = self.config, self.vae
@@ -181,6 +187,8 @@ class Training:
             "steps_done": self.steps_done,
             "seconds": self.seconds,
             "best_valid": self.best_valid,
+            "loss_sum": float(self.loss_sum),
+            "loss_count": self.loss_count,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -194,6 +202,7 @@ class Training:
         self.steps_done = state["steps_done"]
         self.seconds = state["seconds"]
         self.best_valid = state["best_valid"]
+        self.loss_sum, self.loss_count = state["loss_sum"], state["loss_count"]
 
     def validate(self) -> dict[str, float]:
         """Evaluates the averaged weights on the validation points; the row of metrics.csv."""
@@ -235,18 +244,21 @@ def train(training: Training, folder: RunFolder) -> None:
     config = training.config
     budget = config.budget_seconds if config.budget_seconds is not None else float("inf")
     started = time.perf_counter() - training.seconds
-    losses: list[float | Tensor] = []
     progress = tqdm(total=config.steps, initial=training.steps_done, unit="step", mininterval=1.0)
     with progress:
         while training.steps_done < config.steps and training.seconds < budget:
             beta = training.beta
-            losses.append(training.step())
+            try:
+                training.loss_sum = training.loss_sum + training.step()
+            except ValueError as error:  # a loss or draws of the guide that are not finite
+                raise UserError(f"step {training.steps_done + 1}: {error}") from error
+            training.loss_count += 1
             training.seconds = time.perf_counter() - started
             progress.update()
             last = training.steps_done == config.steps or training.seconds >= budget
             if last or training.steps_done % config.valid_every == 0:
-                loss = float(torch.as_tensor(sum(losses))) / len(losses)
-                losses.clear()
+                loss = float(training.loss_sum) / training.loss_count
+                training.loss_sum, training.loss_count = 0.0, 0
                 row = {"step": training.steps_done, "beta": beta, "loss": loss}
                 shown = f"step {row['step']}: {training.seconds:.0f} s, loss {loss:.3f}"
                 row |= training.score_figures()
@@ -269,6 +281,7 @@ def train(training: Training, folder: RunFolder) -> None:
                 training.seconds = time.perf_counter() - started
                 folder.log(row | {"seconds": training.seconds})
                 progress.write(shown)
+                last = last or training.seconds >= budget  # by the validation
             if last or training.steps_done % config.checkpoint_every == 0:
                 folder.save("latest", training.state())
 
@@ -288,6 +301,9 @@ def run(config: Config) -> Path:
         path = config.resume
         folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
         training.load_state(folder.load("latest", config.device))
+        recorded = RunFolder.read_config(path)
+        if any(recorded[name] != options[name] for name in ESTIMATE):
+            training.best_valid = -float("inf")  # other estimates cannot be compared with it
         folder.record(options)
         folder.drop_rows_after(training.steps_done)
     train(training, folder)
@@ -298,6 +314,7 @@ def run(config: Config) -> Path:
     vae.load_state_dict(best["vae"])
     figures = final_evaluation(config, vae, data)
     results = {"best_step": best["step"], "steps": training.steps_done, "seconds": training.seconds}
+    (path / TIGHT_FILE).unlink(missing_ok=True)  # that of other weights, if the run was prolonged
     folder.write_json("results.json", {**results, **figures})
     print(describe(config, figures))
     draw = plots.toy_figure if config.data == "25gaussians" else plots.mnist_figure

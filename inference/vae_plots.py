@@ -104,7 +104,8 @@ def traversals(
     first image.
     """
     means = vae.posterior(x).sample(torch.Size((64,))).mean(0)
-    order = means.var(0).argsort(descending=True)[:rows]
+    # Of two levels, those that the decoder sees.
+    order = means[:, : vae.latent_dim].var(0).argsort(descending=True)[:rows]
     latents = means[0].expand(len(order), columns, -1).clone()
     at = torch.linspace(-2.5, 2.5, columns, device=x.device)
     latents.scatter_(
@@ -184,7 +185,7 @@ def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Pa
     # Images by a rule: those whose posterior in the last run is farthest from a Gaussian.
     last = torch.tensor([one.negentropy for one in list(found.values())[-1]])
     chosen = last.argsort(descending=True)[:5].tolist()
-    labels = {runs[run][0].preset: [ones[index] for index in chosen] for run, ones in found.items()}
+    labels = {run.name: [ones[index] for index in chosen] for run, ones in found.items()}
     return [plots.save(posterior_figure(labels), options.out / "posteriors.png"), path]
 
 
@@ -192,6 +193,12 @@ def draw(options: Options) -> list[Path]:
     """Writes the figures; returns their paths."""
     if not options.runs:
         raise UserError("RUNS: expected one run folder at least, found none")
+    names = [run.name for run in options.runs]
+    if len({*names}) < len(names):
+        raise UserError(
+            "RUNS: expected folders of different names, which name the figures, found "
+            + ", ".join(names)
+        )
     make_folder(options.out)
     times = {} if options.step_times is None else read_steps(options.step_times)
     given = {"data_dir": options.data_dir, "device": options.device}

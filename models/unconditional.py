@@ -154,8 +154,9 @@ class FlowPosterior(nn.Module):
     :param int transforms: number of autoregressive transforms.
     :param Sequence[int] hidden_dims: widths of the hidden layers of each.
     :param int bins: pieces of each spline.
-    :param float spread: the scale of the draws before training.
-    :param Tensor loc: their location, ``[latent_dim]``; 0 by default.
+    :param float spread: the scale of the draws before training, roughly: zuko bounds scales softly,
+        and makes 1.88 of 2.
+    :param Tensor loc: their location, ``[latent_dim]``, as roughly; 0 by default.
     :raises ModuleNotFoundError: if zuko is not installed.
     """
 

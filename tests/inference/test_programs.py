@@ -18,7 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from inference.precision import full_precision
 from inference.presets import PRESETS
+from inference.vae import Training
 from tests.inference.conftest import ROOT, TINY, Program, assert_equal
 
 
@@ -113,6 +115,66 @@ def test_budget_stops_training(program: Program, tmp_path: Path) -> None:
     assert json.loads((run / "results.json").read_text())["steps"] < 10_000
 
 
+def test_a_budget_that_a_validation_uses_up_leaves_a_checkpoint(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, validate = tmp_path / "run", Training.validate
+
+    def slow(self: Training) -> dict[str, float]:
+        time.sleep(max(0.0, 30 - self.seconds))
+        return validate(self)
+
+    clock = time.perf_counter
+    slept = [0.0]
+    monkeypatch.setattr("inference.vae.time.perf_counter", lambda: clock() + slept[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: slept.__setitem__(0, slept[0] + seconds))
+    monkeypatch.setattr(Training, "validate", slow)
+    often = ("--valid-every", 2, "--checkpoint-every", 1000)
+    program("vae", "25gaussians-gaussian", *TINY, *often, "--budget-seconds", 30, "--out", run)
+    state = torch.load(run / "checkpoints" / "latest.pt", weights_only=True)
+    assert json.loads((run / "results.json").read_text())["steps"] == state["steps_done"] == 2
+
+
+def test_rows_of_a_resumed_run_are_those_of_the_whole_one(
+    program: Program, sample_dir: Path, tmp_path: Path
+) -> None:
+    command = ["vae", "sbmnist-mlp-gaussian", *TINY, "--data-dir", sample_dir]
+    command += ["--checkpoint-every", 3, "--valid-every", 4]
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    program(*command, "--steps", 3, "--out", cut)
+    program(*command, "--steps", 8, "--resume", cut)
+    program(*command, "--steps", 8, "--out", whole)
+    rows = []
+    for run in (cut, whole):
+        with (run / "metrics.csv").open() as file:
+            rows.append([row for row in csv.DictReader(file) if row["step"] != "3"])
+    # The end at step 3 has a row of its own, so that the next one has the steps since.
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == ["4", "8"]
+    assert rows[0][1]["loss"] == rows[1][1]["loss"]
+
+
+def test_other_validation_figures_are_not_compared(
+    program: Program, sample_dir: Path, tmp_path: Path
+) -> None:
+    """log p(x) by one sample is lower than by many: the better of two weights would not be kept."""
+    run = tmp_path / "run"
+    command = ("vae", "sbmnist-mlp-gaussian", *TINY, "--data-dir", sample_dir)
+    program(*command, "--steps", 2, "--valid-samples", 500, "--out", run)
+    (run / "ais.npz").write_bytes(b"of the weights before")
+    program(*command, "--steps", 3, "--valid-samples", 1, "--resume", run)
+    assert json.loads((run / "results.json").read_text())["best_step"] == 3
+    assert not (run / "ais.npz").exists()
+
+
+def test_evaluation_does_not_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions neither, whatever the setting of matrix products."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert torch.get_float32_matmul_precision() == "highest"
+    with full_precision(torch.nn.Identity()):
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_demo(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("--test-points", 8, "--test-samples", 4)
     program("demo", "--budget-seconds", 0.05, *small, "--out", tmp_path / "demo")
@@ -196,6 +258,20 @@ def test_errors_end_in_one_line(
         ((*mnist, "--steps", 0), "--steps: expected a positive number, found 0"),
         ((*mnist, "--threads", 0), "--threads: expected a positive number, found 0"),
         ((*mnist, "--valid-every", 0), "--valid-every: expected a positive number"),
+        ((*mnist, "--seed", -1), "--seed: expected 0 at least"),
+        ((*mnist, "--decay-steps", -5), "--decay-steps: expected 0 at least"),
+        ((*mnist, "--test-points", -5), "--test-points: expected a positive number"),
+        ((*mnist, "--guide-samples", 63), "--guide-samples: expected two a latent, 64"),
+        ((*mnist, "--prior-weight", 0.1), "--valid-samples: expected enough for a share of"),
+        (("vae", "25gaussians-implicit", "--decay-start", 5), "--decay-start: 25gaussians-impl"),
+        ((*toy, "--resume", run, "--out", run), "--out: a resumed run stays in its folder"),
+        (("vae", "25gaussians-implicit", "--gain", 0.5), "--gain: 25gaussians-implicit does not"),
+        (("evaluate", run, "--test-points", 0), "--test-points: expected a positive number"),
+        (("evaluate", run, "--points", 5), "--points: an evaluation without --ais does not read"),
+        (("evaluate", run, "--ais", "--seed", 3), "--seed: --ais does not read it"),
+        (("evaluate", run, "--ais", "--chains", 0), "--chains: expected a positive number"),
+        (("vae_plots", run, tmp_path / "x" / "run"), "expected folders of different names"),
+        (("bench", "vae", "--steps", 0), "--steps: expected a positive number"),
         ((*mnist, "--device", "abacus"), "--device: expected one that torch can use here"),
         (("vae", "sbmnist-mlp-implicit", "--gain", 1.5), "--gain: expected a number in (0, 1)"),
         (("vae", "sbmnist-mlp-implicit", "--noise-dim", 5), "--noise-dim: expected the latent's"),

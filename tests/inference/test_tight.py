@@ -192,7 +192,7 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     program: Program, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bench"
-    rows = ("sbmnist-mlp-gaussian", "sbmnist-mlp-implicit")
+    rows = ("sbmnist-mlp-gaussian", "sbmnist-mlp-implicit", "sbmnist-mlp-sivi")
     options = ("--steps", 2, "--timed-steps", 1, "--warmup", 2, "--test-points", 8)
     options += ("--test-samples", 4, *SMALL, "--data-dir", sample_dir, "--out", out)
     program("bench", "vae", "--rows", rows[0], "--seeds", 0, *options)
@@ -204,8 +204,10 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     program("bench", "vae", "--rows", *rows, "--seeds", 0, *options)
     assert (out / f"{rows[0]}-seed0" / "results.json").stat().st_mtime_ns == first
     with (out / "results.csv").open() as file:
-        gaussian, implicit = csv.DictReader(file)
-    assert [gaussian["row"], implicit["row"]] == [*rows]
+        gaussian, implicit, sivi = csv.DictReader(file)
+    assert [gaussian["row"], implicit["row"], sivi["row"]] == [*rows]
+    # The last one's density is a bound, and its gap another.
+    assert [gaussian["density"], implicit["density"], sivi["density"]] == ["1", "0", "0"]
     assert float(gaussian["score_ms"]) == 0 < float(implicit["score_ms"])
     assert gaussian["against_gaussian"] == ""
     difference = float(implicit["ais_log_px"]) - float(gaussian["ais_log_px"])

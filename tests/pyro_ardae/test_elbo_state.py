@@ -155,6 +155,41 @@ def test_resumed_run_that_guesses_its_plates() -> None:
     assert [svi.step(X) for _ in range(2)] == losses
 
 
+def test_resuming_by_the_modules_of_a_guide_that_is_a_function() -> None:
+    """As docs/guides.md has it."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(DIM), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    def build() -> tuple[nn.Module, Any, TraceImplicit_ELBO, SVI]:
+        pyro.clear_param_store()
+        head = nn.Linear(2 * DIM, DIM)
+
+        def guide(x: Tensor) -> None:
+            pyro.module("head", head)
+            with pyro.plate("rows", len(x)):
+                pyro.sample("z", Implicit(lambda e, c: head(torch.cat([e, c], -1)), DIM, x))
+
+        optim, elbo = adam(), TraceImplicit_ELBO(FACTORIES["ardae"])
+        return head, optim, elbo, SVI(model, guide, optim, loss=elbo)
+
+    head, optim, elbo, svi = build()
+    svi.step(X)
+    state = copy([head.state_dict(), optim.get_state(), elbo.state_dict(), torch.get_rng_state()])
+    losses = [svi.step(X) for _ in range(2)]
+    final = copy(head.state_dict())
+
+    head, optim, elbo, svi = build()
+    head.load_state_dict(state[0])
+    optim.set_state(state[1])
+    elbo.load_state_dict(state[2])
+    torch.set_rng_state(state[3])
+    assert [svi.step(X) for _ in range(2)] == losses
+    assert_same(head.state_dict(), final)
+
+
 def test_reset_forgets_the_guessed_plates() -> None:
     def model(size: int) -> None:
         with pyro.plate("data", size) if size else nullcontext():
