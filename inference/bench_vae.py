@@ -31,12 +31,12 @@ import tyro
 
 from inference.bench_rows import Clock, step_times
 from inference.bench_vae_table import STEP_COLUMNS, collect, read_steps, table, write_results
-from inference.errors import UserError, check_device
+from inference.errors import UserError, check_device, check_options, positive
 from inference.evaluate import describe_tight, evaluate_tight, restore
 from inference.posterior_table import write
 from inference.presets import PRESETS, Config, build_data
 from inference.run import RunFolder, make_folder
-from inference.tight import Tight, check_tight, load
+from inference.tight import Tight, check_tight
 from inference.vae import run
 
 __all__ = ["Vae", "bench_vae"]
@@ -105,14 +105,8 @@ def bench_vae(options: Vae) -> Path:
         raise UserError(f"--rows: expected presets of inference.vae, found {unknown or 'none'}")
     check_device(options.device)
     check_tight(options.tight)
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"--steps: expected a positive number, found {options.steps}")
-    if options.budget_seconds <= 0 or not options.seeds or options.timed_steps < 1:
-        raise UserError(
-            "--budget-seconds, --seeds, --timed-steps: expected a positive time, one seed at least "
-            f"and one step at least, found {options.budget_seconds}, {options.seeds}, "
-            f"{options.timed_steps}"
-        )
+    conditions = positive(options, "steps", "budget_seconds", "timed_steps")
+    check_options(options, [*conditions, (bool(options.seeds), "seeds", "one at least")])
     make_folder(options.out)
     _settle(options)
     path = options.out / "steps.csv"
@@ -132,9 +126,7 @@ def bench_vae(options: Vae) -> Path:
         if not _evaluated(path, options.tight):
             config, vae = restore(path, data_dir=options.data_dir, device=options.device)
             figures = evaluate_tight(path, config, vae, options.tight)
-            density = "elbo_energy" not in load(path)
-            shown = describe_tight(options.tight, figures, guide=config.guide, density=density)
-            print(f"{path.name}: {shown}")
+            print(f"{path.name}: " + describe_tight(config, options.tight, figures))
         # After each run, so that a stopped benchmark has its table too.
         done = [one for one in runs if _evaluated(_folder(options, *one), options.tight)]
         results = collect(options.out, done, steps)

@@ -74,7 +74,7 @@ def collect(out: Path, runs: Sequence[Key], steps: Mapping[str, Row]) -> dict[Ke
     """The figures of finished and evaluated runs."""
     result: dict[Key, Row] = {}
     for row, seed in runs:
-        run = out / f"{row}-seed{seed}"
+        run, config = out / f"{row}-seed{seed}", PRESETS[row][1]
         found: dict[str, Any] = json.loads((run / "results.json").read_text())
         arrays = load(run)
         valid = [value for value in read_metrics(run)["valid_log_px"] if not math.isnan(value)]
@@ -87,7 +87,7 @@ def collect(out: Path, runs: Sequence[Key], steps: Mapping[str, Row]) -> dict[Ke
             # With a density, the ELBO itself.
             "elbo_bound": found.get("ais_elbo_bound", found["ais_elbo"]),
             "gap_bound": found.get("ais_gap_bound", found["ais_gap"]),
-            "density": float("elbo_energy" not in arrays and PRESETS[row][1].guide not in BOUNDED),
+            "density": float(config.explicit and config.guide not in BOUNDED),
         }
         other = (baseline(row), seed)
         if other in runs and other != (row, seed):

@@ -266,10 +266,12 @@ def evaluate_tight(run: Path, config: Config, vae: VAE, tight: Tight) -> dict[st
     return figures
 
 
-def describe_tight(tight: Tight, figures: dict[str, float], *, guide: str, density: bool) -> str:
+def describe_tight(config: Config, tight: Tight, figures: dict[str, float]) -> str:
     """The figures of :func:`evaluate_tight` in words."""
-    limits = "" if density else " (ELBO too high, gap too small, by the misfit of the entropy)"
-    if guide in BOUNDED:
+    limits = ""
+    if not config.explicit:
+        limits = " (ELBO too high, gap too small, by the misfit of the entropy)"
+    elif config.guide in BOUNDED:
         limits = " (ELBO too low, gap too large, by the looseness of the bound)"
     if "ais_gap_bound" in figures:
         limits += (
@@ -313,8 +315,7 @@ def main() -> None:
             use_threads(config.threads)
         if options.ais:
             figures = evaluate_tight(options.run, config, vae, options.tight)
-            density = "elbo_energy" not in load(options.run)
-            print(describe_tight(options.tight, figures, guide=config.guide, density=density))
+            print(describe_tight(config, options.tight, figures))
         else:
             print(describe(config, final_evaluation(config, vae, build_data(config))))
         if options.against is not None:
