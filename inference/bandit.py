@@ -38,12 +38,20 @@ import torch
 import tyro
 from torch import Tensor
 
-from inference.errors import UserError, check_options, check_unread, user_errors
+from inference.errors import (
+    UserError,
+    check_options,
+    check_unread,
+    positive,
+    some_seeds,
+    user_errors,
+)
 from inference.grid import cell_divergence
 from inference.run import keep_freed_memory, make_folder, use_threads, write_csv
 from inference.sac_agent import Agent
 from inference.sac_policy import ImplicitPolicy
-from inference.sac_presets import AgentName, Config, build_policy, check
+from inference.sac_presets import IMPLICIT, AgentName, Config, build_policy, check
+from inference.schedules import annealed, cosine_decay
 from models.actors import log_tanh_slope
 from models.environments import BANDITS, Bandit
 
@@ -102,9 +110,7 @@ class Options:
 def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) -> Agent:
     """Trains a policy on the exact Q; returns its agent."""
     torch.manual_seed(seed)
-    config = dataclasses.replace(
-        options.config, agent=agent_name, alpha=bandit.alpha, auto_alpha=False
-    )
+    config = dataclasses.replace(options.config, agent=agent_name, alpha=bandit.alpha)
     policy = build_policy(config, Bandit.NUM_STATES, bandit.action_dim)
     agent = Agent(policy, bandit, config)
     clock = time.perf_counter if options.clock == "wall" else time.process_time
@@ -115,10 +121,9 @@ def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) ->
         progress = max((clock() - started) / options.seconds, agent.updates / options.updates)
         if progress >= 1:
             return agent
-        left = max(0.0, 1 - progress / options.alpha_share) if options.alpha_share else 0.0
-        agent.log_alpha.copy_(base + left * math.log(options.alpha_start))
-        past = max(0.0, (progress - options.decay_start) / (1 - options.decay_start))
-        decay = 0.5 + 0.5 * math.cos(math.pi * past)
+        factor = annealed(progress, options.alpha_start, options.alpha_share)
+        agent.log_alpha.copy_(base + math.log(factor))
+        decay = cosine_decay(progress, options.decay_start)
         agent.actor_optimizer.param_groups[0]["lr"] = config.actor_learning_rate * decay
         if isinstance(policy, ImplicitPolicy):
             policy.estimator.learning_rate = score_rate * max(0.1, decay)
@@ -232,8 +237,10 @@ def _run(options: Options) -> None:
     check_options(
         options,
         (
-            (options.seconds > 0, "seconds", "a positive time"),
-            (options.updates > 0, "updates", "a positive number"),
+            *positive(options, "seconds", "updates"),
+            *some_seeds(options),
+            (bool(options.bandits), "bandits", "one at least"),
+            (bool(options.agents), "agents", "one at least"),
             (options.draws > 1, "draws", "2 at least"),
             (options.alpha_start > 0, "alpha-start", "a positive factor"),
             (0 <= options.alpha_share < 1, "alpha-share", "a share in [0, 1)"),
@@ -247,7 +254,10 @@ def _run(options: Options) -> None:
         )
     config = dataclasses.replace(options.config, agent="sac-ardae")
     check(config)
-    check_unread(config, Config(agent="sac-ardae"), _UNREAD, reader="the bandit")
+    defaults = Options().config
+    check_unread(config, defaults, (*_UNREAD, "auto_alpha"), reader="the bandit")
+    if "sac-ardae" not in options.agents:
+        check_unread(config, defaults, IMPLICIT, reader="a policy with a density")
     for agent_name in options.agents:
         for name in options.bandits:  # what cannot be built is refused before anything runs
             config = dataclasses.replace(options.config, agent=agent_name)

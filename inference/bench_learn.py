@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from inference.errors import UserError
+from inference.errors import UserError, check_options, some_seeds
 from inference.run import RunFolder, read_metrics, seed_of, write_csv
 from inference.sac_presets import PRESETS, TASKS, AgentName, Config, check
 
@@ -64,6 +64,12 @@ class Learn:
 
 def bench_learn(options: Learn) -> Path:
     """Does the runs that are missing, and prints the table; returns learning.csv."""
+    conditions = (
+        *some_seeds(options),
+        (bool(options.tasks), "tasks", "one at least"),
+        (bool(options.agents), "agents", "one at least"),
+    )
+    check_options(options, conditions)
     unknown = {*options.tasks} - {*TASKS.values()}
     if unknown:
         raise UserError(f"--tasks: expected some of {', '.join(TASKS.values())}, found {unknown}")

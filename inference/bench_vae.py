@@ -31,7 +31,7 @@ import tyro
 
 from inference.bench_rows import Clock, step_times
 from inference.bench_vae_table import STEP_COLUMNS, collect, read_steps, table, write_results
-from inference.errors import UserError, check_device, check_options, positive
+from inference.errors import UserError, check_device, check_options, positive, some_seeds
 from inference.evaluate import describe_tight, evaluate_tight, restore
 from inference.posterior_table import write
 from inference.presets import PRESETS, Config, build_data
@@ -106,7 +106,7 @@ def bench_vae(options: Vae) -> Path:
     check_device(options.device)
     check_tight(options.tight)
     conditions = positive(options, "steps", "budget_seconds", "timed_steps")
-    check_options(options, [*conditions, (bool(options.seeds), "seeds", "one at least")])
+    check_options(options, [*conditions, *some_seeds(options)])
     make_folder(options.out)
     _settle(options)
     path = options.out / "steps.csv"

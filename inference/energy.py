@@ -18,7 +18,6 @@ the RunFolder's ``config.json``, ``command.txt``, ``versions.json``, ``metrics.c
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -39,6 +38,7 @@ from inference.energy_report import draw, table
 from inference.errors import UserError, user_errors
 from inference.optim import TorchOptim
 from inference.run import RunFolder, use_threads, write_csv
+from inference.schedules import annealed, cosine_decay
 from models.energies import ENERGIES, log_normalizer
 from models.networks import ACTIVATIONS
 from models.unconditional import FlowPosterior, GaussianPosterior, ImplicitPosterior
@@ -77,14 +77,12 @@ class Training:
     @property
     def beta(self) -> float:
         """Inverse temperature of the next step."""
-        left = 1 - self.progress / self.config.beta_share if self.config.beta_share else 0.0
-        return self.config.beta_start ** max(0.0, left)
+        return annealed(self.progress, self.config.beta_start, self.config.beta_share)
 
     @property
     def decay(self) -> float:
         """Factor on the step sizes of the next step: 1, then half a cosine to zero."""
-        past = (self.progress - self.config.decay_start) / (1 - self.config.decay_start)
-        return 0.5 + 0.5 * math.cos(math.pi * max(0.0, past))
+        return cosine_decay(self.progress, self.config.decay_start)
 
     def step(self) -> float:
         """Takes one training step; returns the loss."""
@@ -211,8 +209,13 @@ def run(config: Config) -> Path:
     out = config.out or Path("runs") / f"energy-{config.energy}"
     log_z = log_normalizer(energy)
     rows, histograms = [], []
-    folders = {  # all of them first: none of the time is spent if one is there already
-        (guide, seed): RunFolder.create(out / f"{guide}-seed{seed}", options, COLUMNS)
+    # All that can be refused comes first: none of the time is spent.
+    for guide in guides:
+        Training(config, guide)
+    folders = {
+        (guide, seed): RunFolder.create(
+            out / f"{guide}-seed{seed}", options, COLUMNS, resumable=False
+        )
         for seed in config.seeds
         for guide in guides
     }
@@ -222,16 +225,21 @@ def run(config: Config) -> Path:
             pyro.clear_param_store()
             pyro.set_rng_seed(seed)
             training = Training(config, guide)
-            train(training, folder, clock)
+            try:
+                train(training, folder, clock)
+            except ValueError as error:
+                raise UserError(
+                    f"{guide}, seed {seed}: the run failed: {error} Lower its step size"
+                ) from error
             folder.close()
             folder.save("latest", {"posterior": training.average.module.state_dict()})
             row, counts = evaluate(training, log_z)
             row = {"energy": config.energy, "guide": guide, "seed": seed, **row}
             folder.write_json("results.json", row)
             rows.append(row)
+            write_csv(out / "results.csv", [*rows[0]], (row.values() for row in rows))
             if seed == config.seeds[0]:
                 histograms.append((guide, counts))
-    write_csv(out / "results.csv", [*rows[0]], (row.values() for row in rows))
     print(table(config, rows))
     figure = plots.save(draw(config, histograms), out / "samples.png")
     print(f"\nresults {out / 'results.csv'}, figure {figure}")

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from inference.errors import UserError
+from inference.errors import check_options, positive, some_seeds
 
 __all__ = ["PRESETS", "Config", "Guide", "check"]
 
@@ -125,23 +125,28 @@ def check(config: Config) -> None:
 
     :raises UserError: naming the first of them.
     """
-    for ok, option, expected, found in (
-        (config.budget_seconds > 0, "budget-seconds", "a positive time", config.budget_seconds),
-        (config.steps > 0, "steps", "a positive number", config.steps),
-        (0 < config.beta_start <= 1, "beta-start", "a value in (0, 1]", config.beta_start),
-        (0 <= config.beta_share <= 1, "beta-share", "a share in [0, 1]", config.beta_share),
-        (0 <= config.decay_start < 1, "decay-start", "a share in [0, 1)", config.decay_start),
-        (config.noise_dim >= 2, "noise-dim", "at least 2", config.noise_dim),
-        (config.moves >= 0, "moves", "no negative number", config.moves),
-        (
-            config.langevin_step_size > 0,
-            "langevin-step-size",
-            "a positive size",
-            config.langevin_step_size,
+    conditions = (
+        *positive(
+            config,
+            *("budget_seconds", "steps", "threads", "draws", "spread", "width", "input_scale"),
+            *("learning_rate", "flow_learning_rate", "gaussian_learning_rate"),
+            *("batch_size", "flow_batch_size", "gaussian_batch_size"),
+            *("langevin_step_size", "jump_scale", "score_hidden_dim", "score_depth"),
+            *("score_folds", "score_learning_rate", "flow_transforms"),
         ),
-        (config.jump_scale > 0, "jump-scale", "a positive scale", config.jump_scale),
-        (len(config.seeds) > 0, "seeds", "one seed at least", config.seeds),
-        (config.draws > 0, "draws", "a positive number", config.draws),
-    ):
-        if not ok:
-            raise UserError(f"--{option}: expected {expected}, found {found}")
+        *some_seeds(config),
+        (0 < config.beta_start <= 1, "beta-start", "a value in (0, 1]"),
+        (0 <= config.beta_share <= 1, "beta-share", "a share in [0, 1]"),
+        (0 <= config.decay_start < 1, "decay-start", "a share in [0, 1)"),
+        (0 <= config.average_decay < 1, "average-decay", "a decay in [0, 1)"),
+        (config.noise_dim >= 2, "noise-dim", "at least 2"),
+        (min(config.hidden_dims, default=0) > 0, "hidden-dims", "positive widths"),
+        (min(config.flow_hidden_dims, default=0) > 0, "flow-hidden-dims", "positive widths"),
+        (config.flow_bins > 1, "flow-bins", "at least 2"),
+        (config.moves >= 0, "moves", "no negative number"),
+        (config.num_score_samples >= 2, "num-score-samples", "at least 2"),
+        (config.num_score_updates >= 0, "num-score-updates", "no negative number"),
+        (0 < config.score_delta <= 1, "score-delta", "a scale in (0, 1]"),
+        (config.score_weight_decay >= 0, "score-weight-decay", "no negative number"),
+    )
+    check_options(config, conditions)

@@ -18,6 +18,7 @@ __all__ = [
     "check_options",
     "check_unread",
     "positive",
+    "some_seeds",
     "user_errors",
 ]
 
@@ -56,6 +57,13 @@ def positive(options: Any, *names: str) -> list[tuple[bool, str, str]]:
         (value is None or value > 0, name.replace("_", "-"), "a positive number")
         for name, value in found.items()
     ]
+
+
+def some_seeds(options: Any) -> list[tuple[bool, str, str]]:
+    """A condition for :func:`check_options`: ``seeds`` are some, that every generator takes."""
+    seeds = options.seeds
+    holds = bool(seeds) and all(0 <= seed < 2**32 for seed in seeds)
+    return [(holds, "seeds", "one at least, each in [0, 2^32)")]
 
 
 def check_unread(options: Any, defaults: Any, names: Iterable[str], *, reader: str) -> None:

@@ -49,7 +49,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inference import distances, posterior_plots
-from inference.errors import UserError, user_errors
+from inference.errors import UserError, check_options, positive, some_seeds, user_errors
 from inference.plots import save
 from inference.posterior_table import COLUMNS, FLOOR, MOMENTS, Key, Row, read, table, write
 from inference.posterior_training import Config, Training
@@ -212,24 +212,23 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"--{option}: expected some of {', '.join(known)}; found {unknown or 'none'}"
             )
-    for ok, option, expected, value in (
-        (config.seconds > 0, "seconds", "a positive time", config.seconds),
-        (config.steps > 0, "steps", "a positive number", config.steps),
-        (
-            config.particles is None or (config.particles > 1 and config.particles % 2 == 0),
-            "particles",
-            "an even number, for pairs of opposite noise",
-            config.particles,
+    pairs = config.particles is None or (config.particles > 1 and config.particles % 2 == 0)
+    conditions = (
+        *positive(
+            config,
+            *("seconds", "steps", "threads", "learning_rate", "flow_learning_rate"),
+            *("implicit_learning_rate", "score_learning_rate", "reference_warm_up"),
         ),
-        (0 < config.beta_start <= 1, "beta-start", "a value in (0, 1]", config.beta_start),
-        (0 <= config.beta_share <= 1, "beta-share", "a share in [0, 1]", config.beta_share),
-        (0 <= config.decay_start < 1, "decay-start", "a share in [0, 1)", config.decay_start),
-        (config.draws >= 100, "draws", "at least 100", config.draws),
-        (config.reference_draws >= 50, "reference-draws", "at least 50", config.reference_draws),
-        (len(config.seeds) > 0, "seeds", "one seed at least", config.seeds),
-    ):
-        if not ok:
-            raise UserError(f"--{option}: expected {expected}, found {value}")
+        *some_seeds(config),
+        (pairs, "particles", "an even number, for pairs of opposite noise"),
+        (0 < config.beta_start <= 1, "beta-start", "a value in (0, 1]"),
+        (0 <= config.beta_share <= 1, "beta-share", "a share in [0, 1]"),
+        (0 <= config.decay_start < 1, "decay-start", "a share in [0, 1)"),
+        (config.score_samples >= 2, "score-samples", "at least 2"),
+        (config.draws >= 100, "draws", "at least 100"),
+        (config.reference_draws >= 50, "reference-draws", "at least 50"),
+    )
+    check_options(config, conditions)
 
 
 def main() -> None:

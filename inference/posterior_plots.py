@@ -44,6 +44,10 @@ def pair(axes: Axes, reference: Tensor, draws: Tensor, names: Sequence[str]) -> 
     return axes
 
 
+def _seed(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
 def pairs(name: str, reference: Reference, posterior: Posterior, folder: Path) -> Figure:
     """One row for each guide with draws in the folder (its first seed), one column for each pair.
 
@@ -53,7 +57,8 @@ def pairs(name: str, reference: Reference, posterior: Posterior, folder: Path) -
     :param Path folder: folder of ``POSTERIOR-GUIDE-SEED.npz``.
     """
     shown = list(combinations(posterior.shown[:3], 2))
-    files = [(guide, sorted(folder.glob(f"{name}-{guide}-*.npz"))) for guide in GUIDES]
+    found = ((guide, folder.glob(f"{name}-{guide}-*.npz")) for guide in GUIDES)
+    files = [(guide, sorted(paths, key=_seed)) for guide, paths in found]
     present = [(guide, paths[0]) for guide, paths in files if paths]
     figure = Figure(figsize=(3 * max(1, len(present)), 2.8 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)

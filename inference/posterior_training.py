@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +17,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from inference.reference import flatten
+from inference.schedules import annealed, cosine_decay
 from models.posterior_guides import GUIDES
 from models.posteriors import POSTERIORS, Posterior
 from pyro_ardae import ARDAE, AutoImplicit, TraceImplicit_ELBO
-from pyro_ardae.unconstrained import UnconstrainedModel, guide_draws
+from pyro_ardae.traces import guide_draws
+from pyro_ardae.unconstrained import UnconstrainedModel
 
 __all__ = ["MAX_SKIPPED", "Config", "Training"]
 
@@ -120,10 +121,8 @@ class Training:
         :raises ValueError: if that was so too often in a row.
         """
         config, progress = self.config, self.progress
-        left = 1 - progress / config.beta_share if config.beta_share else 0.0
-        self.beta = config.beta_start ** max(0.0, left)
-        past = (progress - config.decay_start) / (1 - config.decay_start)
-        decay = 0.5 + 0.5 * math.cos(math.pi * max(0.0, past))
+        self.beta = annealed(progress, config.beta_start, config.beta_share)
+        decay = cosine_decay(progress, config.decay_start)
         self.optimizer.param_groups[0]["lr"] = self.rate * decay
         if isinstance(self.loss, TraceImplicit_ELBO):
             for estimator in self.loss.estimators.values():

@@ -20,10 +20,14 @@ def training_dtype(precision: str, device: str) -> torch.dtype | None:
     """Dtype of matrix products in training: bf16 if ``precision`` is ``"bf16"``, or ``"auto"`` on a
     processor whose cores multiply in it; the parameters' own, ``None``, otherwise.
     """
-    native = torch.cpu.get_capabilities()
-    fast = bool(native.get("avx512_bf16") or native.get("amx_bf16"))
-    auto = precision == "auto" and device == "cpu" and fast
+    auto = precision == "auto" and device == "cpu" and _multiplies_bf16()
     return torch.bfloat16 if auto or precision == "bf16" else None
+
+
+def _multiplies_bf16() -> bool:
+    """Whether the processor has instructions for it, as far as this version of torch can tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def process_precision(device: str, *, tf32: bool) -> None:

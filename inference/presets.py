@@ -241,7 +241,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 
 def _in_range(config: Config) -> list[tuple[bool, str, str]]:
     unit = ("average_decay", "adam_beta1", "prior_weight")
-    not_negative = ("seed", "beta_steps", "decay_start", "decay_steps", "deviation_decay")
+    not_negative = ("beta_steps", "decay_start", "decay_steps", "deviation_decay")
     not_negative += ("adam_eps",)
     conditions = positive(
         config,
@@ -254,6 +254,7 @@ def _in_range(config: Config) -> list[tuple[bool, str, str]]:
     )
     conditions += [(0 <= getattr(config, name) < 1, name, "a number in [0, 1)") for name in unit]
     conditions += [(getattr(config, name) >= 0, name, "0 at least") for name in not_negative]
+    conditions.append((0 <= config.seed < 2**32, "seed", "a number in [0, 2^32)"))
     for name in ("valid_samples", "test_samples"):
         of_prior = round(config.prior_weight * getattr(config, name))
         enough = config.prior_weight == 0 or 0 < of_prior < getattr(config, name)

@@ -32,7 +32,8 @@ from inference import grid
 from inference.errors import UserError
 from models.energies import Energy
 from models.posteriors import Draws, Posterior
-from pyro_ardae.unconstrained import UnconstrainedModel, run_many
+from pyro_ardae.traces import run_many
+from pyro_ardae.unconstrained import UnconstrainedModel
 
 __all__ = ["R_HAT_LIMIT", "Reference", "flatten", "reference"]
 

@@ -27,7 +27,7 @@ import random
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,10 @@ __all__ = [
     "write_csv",
 ]
 
-PACKAGES = ("torch", "pyro-ppl", "numpy", "matplotlib", "tyro")
+PACKAGES = (
+    *("torch", "pyro-ppl", "numpy", "matplotlib", "tyro"),
+    *("zuko", "gymnasium", "mujoco", "stable-baselines3"),  # if they are installed
+)
 
 
 class RunFolder:
@@ -64,8 +67,17 @@ class RunFolder:
         self._writer: Any = None
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any], columns: Sequence[str]) -> RunFolder:
+    def create(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        columns: Sequence[str],
+        *,
+        resumable: bool = True,
+    ) -> RunFolder:
         """Makes a new run folder.
+
+        :param bool resumable: whether its program has a ``--resume``, as advice.
 
         :raises UserError: if it cannot be written, or holds a run already.
         """
@@ -73,9 +85,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if (path / "config.json").exists():
+                advice = f", or --resume {path} to go on with it" if resumable else ""
                 raise UserError(
-                    f"{path}: expected a new run folder, found a run; give another --out, or "
-                    f"--resume {path} to go on with it"
+                    f"{path}: expected a new run folder, found a run; give another --out{advice}"
                 )
             for name in ("checkpoints", "figures"):
                 (path / name).mkdir(exist_ok=True)
@@ -322,10 +334,17 @@ def load_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package: found for package in PACKAGES if (found := _version(package))},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "system": platform.platform(),
     }

@@ -250,9 +250,19 @@ def run(config: Config) -> Path:
         folder = RunFolder.create(path, options, COLUMNS)
     else:
         path = config.resume
+        if config.out not in (None, path):
+            raise UserError(
+                f"--out: a resumed run stays in its folder, expected it to be left out, found "
+                f"{config.out}"
+            )
         folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
         state = folder.load("latest", config.device)
         done = state["collector"]["steps"]
+        if config.steps < done or (config.steps == done and not read_metrics(path)):
+            raise UserError(
+                f"--steps: expected more than the {done} that this run has done, found "
+                f"{config.steps}"
+            )
         if config.steps > done and not state["may_go_on"]:
             raise UserError(
                 f"--steps: expected {done}, where this run has ended between two checkpoints, "

@@ -48,7 +48,9 @@ class Agent:
     #: Bound, in temperatures, of the difference in cost by which the odds of two parts move.
     MAX_EXCESS = 0.5
 
-    def __init__(self, policy: Policy, critic: Any, config: Config) -> None:
+    def __init__(
+        self, policy: Policy, critic: ActionValue | torch.nn.Module, config: Config
+    ) -> None:
         self.config, self.policy, self.critic = config, policy, critic
         action_dim = policy.actor.action_dim
         target = -float(action_dim) if config.target_entropy is None else config.target_entropy

@@ -20,7 +20,16 @@ from models.actors import FlowActor, GaussianActor, ImplicitActor
 from models.critics import TwinCritic
 from pyro_ardae import ARDAE
 
-__all__ = ["MAY_DIFFER", "PRESETS", "AgentName", "Config", "build_critic", "build_policy", "check"]
+__all__ = [
+    "IMPLICIT",
+    "MAY_DIFFER",
+    "PRESETS",
+    "AgentName",
+    "Config",
+    "build_critic",
+    "build_policy",
+    "check",
+]
 
 AgentName = Literal["sac", "sac-nf", "sac-ardae"]
 
@@ -258,6 +267,12 @@ def check(config: Config) -> None:
     )
     check_options(config, conditions)
     check_device(config.device)
+    if not config.auto_alpha:
+        reader = "a fixed temperature (--no-auto-alpha)"
+        check_unread(config, Config(), ("target_entropy",), reader=reader)
+    if not config.jacobian_clamp:
+        reader = "a run without --jacobian-clamp"
+        check_unread(config, Config(), ("jacobian_exponent",), reader=reader)
     if config.agent != "sac-ardae":
         check_unread(config, Config(), IMPLICIT, reader=config.agent)
 

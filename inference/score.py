@@ -48,9 +48,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inference import score_plots
-from inference.errors import UserError, user_errors
+from inference.errors import UserError, check_options, positive, some_seeds, user_errors
 from inference.plots import save
-from inference.run import RunFolder, use_threads
+from inference.run import RunFolder, seed_of, use_threads
 from inference.score_table import COLUMNS, Key, Row, Rows, read, table, write
 from models.targets import TARGETS, Target
 from pyro_ardae.score import (
@@ -195,7 +195,7 @@ class Run:
         self.estimator, self.target, self.seed, self.options = estimator, target, seed, options
         self.learns = any(True for _ in estimator.parameters())
         self.updates, self.cpu_seconds = 0, 0.0
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed_of(seed, "draws", 0))
 
     def train(self, seconds: float) -> Iterator[float]:
         """Update until that much CPU time is spent; yield the time of each update."""
@@ -215,7 +215,7 @@ class Run:
     def evaluate(self, draws: int) -> Row:
         """Error and cost of a query with so many draws per context."""
         # The same values for every estimator and at every time, none of them trained on.
-        generator = torch.Generator().manual_seed(2**32 + self.seed)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "evaluation", 0))
         target = self.target.at(self.updates)
         context = target.contexts(self.options.eval_contexts, generator=generator)
         value = target.sample(self.options.eval_samples, context, generator=generator)
@@ -344,18 +344,14 @@ def _check(options: Score) -> None:
         raise UserError(f"--estimators: expected some of {', '.join(ESTIMATORS)}; found none")
     for name in options.estimators:
         estimator_for(name, TARGETS[options.targets[0]]())
-    least = {"num_samples": 8, "eval_samples": 1, "num_contexts": 1, "eval_contexts": 1}
-    least |= {"threads": 1}
-    for name, value in least.items():
-        if getattr(options, name) < value:
-            raise UserError(
-                f"--{name.replace('_', '-')}: expected at least {value}, found "
-                f"{getattr(options, name)}"
-            )
-    if not options.draws or min(options.draws) < 3:
-        raise UserError(f"--draws: expected 3 or more each, found {options.draws}")
-    if options.seconds <= 0 or options.figure_seconds <= 0:
-        raise UserError("--seconds, --figure-seconds: expected more than 0")
+    conditions = (
+        *positive(options, "seconds", "figure_seconds", "threads", "num_contexts"),
+        *positive(options, "eval_contexts", "eval_samples"),
+        *some_seeds(options),
+        (options.num_samples >= 8, "num-samples", "at least 8"),
+        (min(options.draws, default=0) >= 3, "draws", "3 or more each"),
+    )
+    check_options(options, conditions)
 
 
 def main() -> None:

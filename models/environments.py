@@ -1,10 +1,9 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Environments with a known answer: four equal goals, and a bandit of one step.
+"""Tasks with a known answer: four equal goals, and a bandit whose Q is known.
 
-Importing this module registers ``pyro_ardae/MultiGoal-v0`` and ``pyro_ardae/Bandit-v0`` with
-gymnasium.
+Importing this module registers ``pyro_ardae/MultiGoal-v0`` with gymnasium.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-__all__ = ["BANDITS", "Bandit", "BanditEnv", "MultiGoal"]
+__all__ = ["BANDITS", "Bandit", "MultiGoal"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -153,31 +152,4 @@ BANDITS = {
 }
 
 
-class BanditEnv(gymnasium.Env[Array, Array]):
-    """A :class:`Bandit` as an environment: one step from a random state, whose reward is Q.
-
-    :param str bandit: a key of ``BANDITS``.
-    """
-
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
-
-    def __init__(self, *, bandit: str = "1d") -> None:
-        self.bandit = BANDITS[bandit]
-        self.observation_space = Box(0.0, 1.0, (Bandit.NUM_STATES,), np.float64)
-        self.action_space = Box(-1.0, 1.0, (self.bandit.action_dim,), np.float32)
-        self._obs = np.eye(Bandit.NUM_STATES)[0]
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Array, dict[str, Any]]:
-        super().reset(seed=seed)
-        self._obs = np.eye(Bandit.NUM_STATES)[self.np_random.integers(Bandit.NUM_STATES)]
-        return self._obs.copy(), {}
-
-    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        obs, a = torch.as_tensor(self._obs), torch.as_tensor(action, dtype=torch.float64)
-        return self._obs.copy(), float(self.bandit(obs, a)), True, False, {}
-
-
-for _name, _entry, _limit in (("MultiGoal", MultiGoal, 30), ("Bandit", BanditEnv, None)):
-    gymnasium.register(f"pyro_ardae/{_name}-v0", entry_point=_entry, max_episode_steps=_limit)
+gymnasium.register("pyro_ardae/MultiGoal-v0", entry_point=MultiGoal, max_episode_steps=30)

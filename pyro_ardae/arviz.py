@@ -11,18 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import Independent
 
-from pyro_ardae.unconstrained import (
-    UnconstrainedModel,
-    guide_draws,
-    refuse_subsampling,
-    run_many,
-    unscaled_log_prob,
-)
+from pyro_ardae.traces import guide_draws, refuse_subsampling, run_many, unscaled_log_prob
+from pyro_ardae.unconstrained import UnconstrainedModel
 
 __all__ = ["to_arviz"]
 
@@ -88,7 +84,7 @@ def to_arviz(
         and not site_is_subsample(site)
         and not isinstance(site["fn"], Unit)
     }
-    derived = [name for name, site in sites.items() if site["infer"].get("_deterministic")]
+    derived = [name for name, site in sites.items() if _is_derived(site)]
     observed = [name for name in sites if sites[name]["is_observed"] and name not in derived]
     names = _dims(sites, dims or {})
     unobserved = _Unobserved(observed)(model)
@@ -125,6 +121,14 @@ class _Unobserved(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["is_observed"] and msg["name"] in self._names:
             msg.update(is_observed=False, value=None, done=False)
+
+
+def _is_derived(site: Any) -> bool:
+    """Whether its value follows from other sites: deterministic, or reparameterized."""
+    fn = site["fn"]
+    while isinstance(fn, (Independent, MaskedDistribution, ExpandedDistribution)):
+        fn = fn.base_dist
+    return site["infer"].get("_deterministic") or (site["is_observed"] and isinstance(fn, Delta))
 
 
 def _arrays(

@@ -10,13 +10,11 @@ from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.nn.module import PyroModule
-from pyro.poutine.indep_messenger import IndepMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -161,10 +159,6 @@ class AutoImplicit(AutoGuide):
             self.prototype_trace, set(self.local_plates), self.encoders.plates, created
         )
         start = {name: unconstrain(site) for name, site in self._latents()}
-        self._own_nesting = max(
-            (-frame.dim for _, site in self._latents() for frame in site["cond_indep_stack"]),
-            default=0,
-        )
         self.posterior = PyroModule()
         hidden = explicit - set(created)
         self.latent_dim = add_parts(
@@ -208,11 +202,6 @@ class AutoImplicit(AutoGuide):
             u = u if group.plates else y
             values.update(group.unpack(z))
             log_dets.update(group.unpack(log_det))
-        if self._nesting > self._own_nesting:
-            # Predictive(parallel=True) takes the number of batch dimensions from guide plates.
-            with IndepMessenger(f"_{self._pyro_name}_nesting", 1, dim=-self._nesting):
-                zero = dist.Delta(y.new_zeros(()))
-                pyro.sample(f"_{self._pyro_name}_zero", zero, infer={"is_auxiliary": True})
         result = {}
         for name, site in self._latents():
             with ExitStack() as stack:
@@ -248,12 +237,6 @@ class AutoImplicit(AutoGuide):
         if not self.latent_dim:
             raise ValueError("AutoImplicit: the model has no latents outside of local plates.")
         return self._sample(self._groups[0], None, None)[1]
-
-    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Pairs of site and value on the reals, of globals ``[*batch, latent_dim]``."""
-        if self.latent_dim:
-            for name, value in self._groups[0].unpack(latent).items():
-                yield self.prototype_trace.nodes[name], value
 
     def _plates(self, features: dict[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Plates by name; those of encoded rows as large as the features of this call."""
@@ -304,13 +287,12 @@ class AutoImplicit(AutoGuide):
         """Latents on the reals ``[num, *shape]`` by site name."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        depth = max(self._nesting, self._own_nesting)
         result: dict[str, Tensor] = {}
         u: Tensor | None = None
         for group in self._groups:
             part = getattr(self.posterior, group.name)
             rows = part.describe(self.encoders.features(group, args, kwargs))
-            rows = rows.reshape(1, *[1] * (depth - group.nesting), *rows.shape)
+            rows = rows.reshape(1, *[1] * (self._nesting - group.nesting), *rows.shape)
             eps = noise((num, *rows.shape[1:-1], part.noise_dim), rows)
             y, z = part.draw(eps, rows, u)
             u = u if group.plates else y

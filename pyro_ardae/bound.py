@@ -21,7 +21,7 @@ from pyro_ardae.elbo import (
 )
 from pyro_ardae.implicit import Implicit
 from pyro_ardae.score import ARDAE
-from pyro_ardae.unconstrained import plate_nesting, traces_of
+from pyro_ardae.traces import plate_nesting, traces_of
 
 __all__ = ["ElboEstimate", "elbo_estimate"]
 

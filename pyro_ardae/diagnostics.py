@@ -120,8 +120,8 @@ def _scored(fn: Implicit, loss: Any, name: str, num_samples: float) -> tuple[Ten
     estimator = loss.estimators[name]
     contexts = max(1, fn.batch_shape.numel())
     count = math.ceil(num_samples / contexts)
-    # As many draws for the whitening as in training.
-    whiten = loss._num_draws(contexts)
+    # As many draws for the whitening as in training, whose particles may have had more contexts.
+    whiten = loss._sites[name].num_draws or loss._num_draws(contexts)
 
     value, samples = fn.flat(fn.sample(Size((count + whiten,)))).split([count, whiten])
     center = fn.flat(fn.zero_noise()) if estimator.needs_center else None

@@ -21,7 +21,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ardae.implicit import Implicit, find_implicit
+from pyro_ardae.implicit import Implicit, find_implicit, is_reparameterized
 from pyro_ardae.probe import check_context
 from pyro_ardae.random import fork_rng
 from pyro_ardae.score import ARDAE, ScoreEstimator
@@ -66,7 +66,7 @@ class _ScoreMessenger(Messenger):
                 self._probed.add(msg["name"])
                 check_context(msg["name"], fn, self._earlier)
             self._attach(msg["name"], fn, msg["value"])
-        elif not site_is_subsample(msg) and not msg["fn"].has_rsample:
+        elif not site_is_subsample(msg) and not is_reparameterized(msg["fn"]):
             self._not_reparameterized.append(msg["name"])
         self._earlier[msg["name"]] = msg["value"]
 
@@ -89,6 +89,17 @@ class _Site:
         self.estimator = estimator
         self.loss: Tensor | None = None
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
+        self.num_draws: int | None = None
+        """Per context, by which it learned last."""
+        self._kind: tuple[torch.device, torch.dtype] | None = None
+
+    def follow(self, value: Tensor) -> None:
+        """Take the estimator to the device and dtype of the site's value."""
+        kind = value.device, value.dtype
+        if kind != self._kind:
+            with torch.inference_mode(False):
+                self.estimator.to(*kind)
+            self._kind = kind
 
     def diagnostics(self) -> dict[str, float]:
         result = {} if self.loss is None else {"score_loss": float(self.loss)}
@@ -103,6 +114,16 @@ class _Site:
         result["mean_score"] = float(score.flatten(0, -2).mean(0).norm())
         result["std"] = float(samples.std(0).mean()) if len(samples) > 1 else float("nan")
         return result
+
+
+def _parameters(trace: poutine.Trace) -> list[Tensor]:
+    """Those of a trace of parameters, without constraints."""
+    return [site["value"].unconstrained() for site in trace.nodes.values()]
+
+
+def _finite_gradients(trace: poutine.Trace) -> bool:
+    gradients = (parameter.grad for parameter in _parameters(trace))
+    return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
 
 
 class _ImplicitELBO:
@@ -227,16 +248,16 @@ class _ImplicitELBO:
         with self._learn(), poutine.trace(param_only=True) as seen:
             try:
                 loss = super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
-                if math.isnan(loss):
+                if math.isnan(loss) or (math.isinf(loss) and not _finite_gradients(seen.trace)):
                     raise ValueError(
-                        "the loss is NaN. The step was refused, model and guide are as before. "
+                        f"the loss is {'NaN' if math.isnan(loss) else 'infinite'}. The step was "
+                        "refused, model and guide are as before. "
                         "Check the data for NaN, the model's parameters for overflow, or lower "
                         "the learning rate."
                     )
                 return loss
             except ValueError:  # earlier particles have left their gradients
-                params = [site["value"].unconstrained() for site in seen.trace.nodes.values()]
-                pyro.infer.util.zero_grads(params)
+                pyro.infer.util.zero_grads(_parameters(seen.trace))
                 raise
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -292,6 +313,8 @@ class _ImplicitELBO:
             self._learning = before
 
     def _watch(self, guide: Any) -> None:
+        if not self._learning:
+            return
         guide = poutine.unwrap(guide)
         guide = (getattr(guide, "__self__", None), getattr(guide, "__func__", guide))
         if self._guide is None:
@@ -324,7 +347,8 @@ class _ImplicitELBO:
                 raise ValueError(
                     f"implicit site '{name}': its sampler returned non-finite values. The step was "
                     "refused and no parameter changed. Lower the learning rate, clip gradients, or "
-                    "check the data for NaN."
+                    "check the data for NaN. If every step is refused, parameters are NaN already: "
+                    "an earlier step had a finite loss without a finite gradient."
                 )
             return samples
 
@@ -333,6 +357,7 @@ class _ImplicitELBO:
             for update in range(self.num_score_updates):
                 samples = draw() if update else samples
                 learned = self._some((samples, context, center), source.batch_shape)
+                site.num_draws = count
                 site.loss = site.estimator.update(*learned[:2], center=learned[2])
 
         def score(of: Implicit, at: Tensor) -> Tensor:
@@ -373,22 +398,33 @@ class _ImplicitELBO:
         width = 0 if fn.context is None else fn.context.shape[-1]
         site = self._sites.get(name)
         if site is None:
-            with fork_rng():  # building must not shift the guide's noise
-                estimator = self.score_estimator(dim, width)
-            site = _Site(estimator.to(like.device, like.dtype))
-            if name in self._pending:
-                state = self._pending[name]
-                self._check(name, state["dim"], state["context_dim"], dim, width)
-                kind = type(estimator).__name__
-                if state.get("kind", kind) != kind:
-                    raise ValueError(
-                        f"implicit site '{name}': expected the state of a {kind}, got that of a "
-                        f"{state['kind']}. Build the loss with the score_estimator it was saved of."
-                    )
-                site.estimator.load_state_dict(state["estimator"])
-                del self._pending[name]
-            self._sites[name] = site
+            # Building must not shift the guide's noise, nor make what cannot be trained later.
+            with fork_rng(), torch.inference_mode(False):
+                site = self._sites[name] = self._build(name, dim, width, like)
         self._check(name, site.estimator.dim, site.estimator.context_dim, dim, width)
+        site.follow(like)
+        return site
+
+    def _build(self, name: str, dim: int, width: int, like: Tensor) -> _Site:
+        estimator: Any = self.score_estimator(dim, width)
+        if not isinstance(estimator, ScoreEstimator):
+            raise TypeError(
+                "score_estimator: expected a callable that returns a ScoreEstimator, such as "
+                f"ARDAE, got a {type(estimator).__name__} of it."
+            )
+        site = _Site(estimator)
+        site.follow(like)
+        if name in self._pending:
+            state = self._pending[name]
+            self._check(name, state["dim"], state["context_dim"], dim, width)
+            kind = type(estimator).__name__
+            if state.get("kind", kind) != kind:
+                raise ValueError(
+                    f"implicit site '{name}': expected the state of a {kind}, got that of a "
+                    f"{state['kind']}. Build the loss with the score_estimator it was saved of."
+                )
+            estimator.load_state_dict(state["estimator"])
+            del self._pending[name]
         return site
 
     def _check(self, name: str, dim: int, width: int, new_dim: int, new_width: int) -> None:

@@ -11,7 +11,12 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
-from pyro.distributions import ExpandedDistribution, MaskedDistribution, TorchDistribution
+from pyro.distributions import (
+    ExpandedDistribution,
+    MaskedDistribution,
+    Rejector,
+    TorchDistribution,
+)
 from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor, nn
 from torch.distributions import (
@@ -22,7 +27,7 @@ from torch.distributions import (
     constraints,
 )
 
-__all__ = ["Implicit", "base_of", "find_implicit"]
+__all__ = ["Implicit", "base_of", "find_implicit", "is_reparameterized"]
 
 Sampler = Callable[..., Tensor]
 ScoreFunction = Callable[["Implicit", Tensor], Tensor]
@@ -85,6 +90,11 @@ class Implicit(TorchDistribution):
             raise ValueError(
                 f"Implicit: expected a `context` of floating-point numbers, got {context.dtype}. "
                 "Call .float() on it."
+            )
+        if isinstance(event_shape, int):
+            raise TypeError(
+                f"Implicit: expected `event_shape` to be a tuple, got {event_shape}. Pass "
+                f"({event_shape},)."
             )
         noise = _noise_distribution(noise, context, sampler)
         event_shape = noise.event_shape if event_shape is None else Size(event_shape)
@@ -245,6 +255,13 @@ def find_implicit(fn: Any) -> Implicit | None:
 _WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution, TransformedDistribution)
 
 
+def is_reparameterized(fn: Any) -> bool:
+    """Whether the gradient along a draw is the whole one. That of rejection sampling is not."""
+    while isinstance(fn, _WRAPPERS):
+        fn = fn.base_dist
+    return fn.has_rsample and not isinstance(fn, Rejector)
+
+
 def base_of(noise: Distribution) -> Distribution:
     """The distribution whose dimensions ``Independent`` has made those of an event."""
     while isinstance(noise, Independent):
@@ -288,9 +305,9 @@ def _noise_distribution(
             f"Implicit: expected `noise` to be an int or a reparameterized distribution, got "
             f"{type(noise).__name__}."
         )
-    if not noise.has_rsample:
+    if not is_reparameterized(noise):
         raise TypeError(
-            f"Implicit: expected reparameterized noise, got {type(noise).__name__}, which has no "
-            "rsample(). Use a Normal, or make the discrete variable a site of its own."
+            f"Implicit: expected reparameterized noise, got {type(noise).__name__}, which is not. "
+            "Use a Normal, or make the discrete variable a site of its own."
         )
     return noise

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pyro_ardae.evaluate import fitted_gaussian_log_weights
 from pyro_ardae.pareto import PARETO_K_LIMIT, pareto_k
-from pyro_ardae.unconstrained import UnconstrainedModel, guide_draws
+from pyro_ardae.traces import guide_draws
+from pyro_ardae.unconstrained import UnconstrainedModel
 
 __all__ = ["LogLikelihood", "log_likelihood"]
 

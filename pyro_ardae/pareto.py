@@ -59,4 +59,5 @@ def _fit(largest: Tensor) -> float:
     # larger weights, or where one weight outdoes all others by more than rounding shows.
     if len(exceedances) < 5:
         return math.inf if float(largest[0] - largest[5]) > 20 else -math.inf
-    return float(fit_generalized_pareto(exceedances.cpu())[0])
+    with torch.device("cpu"):  # whatever the default: it builds a grid
+        return float(fit_generalized_pareto(exceedances.cpu())[0])

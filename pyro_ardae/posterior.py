@@ -90,15 +90,36 @@ class RowPosterior(PyroModule):
         self.map = TriangularMap(self.dim, condition_dim, embedding_dim).to(loc)
 
     def load_from_store(self) -> None:
-        """Take the layers' parameters from Pyro's store where it has them.
+        """Take the parameters from Pyro's store where it has them.
 
         A module made anew would go on with its own, while the optimizer moves those of the store.
+
+        :raises ValueError: if they have other shapes, as those of a guide of another model.
         """
         if pyro.settings.get("module_local_params"):
             return
-        with poutine.block():
-            for name, module in self._modules.items():
-                pyro.module(f"{self._pyro_name}.{name}", module, update_module_params=True)
+        store = pyro.get_param_store()
+        for child, name, own in self._by_child():
+            full = f"{self._pyro_name}.{child}" + (f"$$${name}" if name else "")
+            if full in store and (found := store._params[full].shape) != own.shape:
+                raise ValueError(
+                    f"AutoImplicit: expected parameter '{full}' of shape {tuple(own.shape)}, got "
+                    f"{tuple(found)} in Pyro's parameter store: of a guide of another model? Call "
+                    "pyro.clear_param_store() before a new one."
+                )
+        with poutine.block(), self._pyro_context:
+            for child, name, _ in self._by_child():
+                if not name:
+                    getattr(self, child)  # a PyroParam looks into the store when it is asked for
+            for child, module in self._modules.items():
+                pyro.module(f"{self._pyro_name}.{child}", module, update_module_params=True)
+
+    def _by_child(self) -> list[tuple[str, str, Tensor]]:
+        """Parameters, by child and name within it; a PyroParam's is empty."""
+        suffix = "_unconstrained"
+        own = [(n.removesuffix(suffix), "", p) for n, p in self.named_parameters(recurse=False)]
+        children = self._modules.items()
+        return own + [(c, name, p) for c, m in children for name, p in m.named_parameters()]
 
     def describe(
         self, features: Float[Tensor, "*rows C"] | None = None

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
 
 from pyro_ardae.random import fork_rng
+from pyro_ardae.traces import mask_of, plate_nesting
 
 __all__ = ["check_structure", "refuse_moving_supports", "unconstrain"]
 
@@ -72,6 +74,16 @@ def check_structure(
                 "TraceImplicitEnum_ELBO, the model under config_enumerate."
             )
         expected[name] = tuple(site["value"].shape)
+        counts = mask_of(site)
+        if counts is not None and not bool(counts.all()):
+            warnings.warn(
+                f"AutoImplicit: elements of site '{name}' are masked out. Nothing but their "
+                "entropy acts on them, so the guide makes them ever wider, and what it shares "
+                "between latents suffers. Hide them, AutoImplicit(poutine.block(model, "
+                f"hide=['{name}'])), where drawing the site from the model will do, as for missing "
+                "observations.",
+                stacklevel=2,
+            )
     if not expected:
         raise RuntimeError("AutoImplicit found no latent variables; use an empty guide instead.")
     recorder, nesting = _SubsampleMessenger(), 0
@@ -83,7 +95,8 @@ def check_structure(
                 if run is initialized:
                     raise
                 continue  # a draw far from the data is no fault of the model
-            nesting = max(nesting, _check_run(trace, expected))
+            nesting = max(nesting, plate_nesting(trace))
+            _check_run(trace, expected)
             refuse_moving_supports(latents, trace)
     return recorder.explicit, nesting
 
@@ -121,17 +134,12 @@ def _same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def _check_run(trace: Any, expected: Mapping[str, tuple[int, ...]]) -> int:
-    """Compare one run with the shapes of the prototype.
-
-    :returns: its number of batch dimensions.
-    """
-    nesting, found = 0, {}
+def _check_run(trace: Any, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare one run with the shapes of the prototype."""
+    found = {}
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or site_is_subsample(site):
             continue
-        for frame in site["cond_indep_stack"]:
-            nesting = max(nesting, -frame.dim if frame.vectorized else 0)
         if not site["is_observed"]:
             found[name] = tuple(site["value"].shape)
         elif site["infer"].get("_deterministic"):
@@ -148,4 +156,3 @@ def _check_run(trace: Any, expected: Mapping[str, tuple[int, ...]]) -> int:
             f"{names} came with another shape, or not at all, in one of them. Fix the "
             "structure, for instance by masking, or write the guide by hand."
         )
-    return nesting

@@ -45,10 +45,11 @@ def fixed_noise() -> Callable[[tuple[int, ...], Tensor], Tensor]:
     r"""A function of shape and a tensor of the kind wanted: the same pairs :math:`\pm \epsilon`
     in every call of this one, whatever the global random state.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
-        half = torch.randn(shape[0] // 2, *shape[1:], generator=generator, dtype=like.dtype)
+        shape = (shape[0] // 2, *shape[1:])
+        half = torch.randn(shape, generator=generator, dtype=like.dtype, device="cpu")
         return torch.cat([half, -half]).to(like.device)
 
     return noise

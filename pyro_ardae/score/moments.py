@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,12 +30,19 @@ class Moments(nn.Module):
     for means (in units of the scale) and for log scales. Where q moves faster than the regression
     follows, k goes to 1, and the moments are those of the draws.
 
+    The context is standardized by moments of its own. Where a running estimate of them leaves those
+    in use, by a factor of 2 or by a standard deviation, as with an encoder that starts at zero, the
+    regression begins anew.
+
     :param dim: dimensions D of z.
     :param context_dim: dimensions C of the context, >= 1.
     :param num_features: random features besides the context itself, >= 0.
     :param memory: contexts per feature that the regression effectively remembers, > 0.
     """
 
+    context_mean: Tensor
+    context_variance: Tensor
+    seen: Tensor
     offset: Tensor
     unit: Tensor
     weight: Tensor
@@ -57,6 +65,9 @@ class Moments(nn.Module):
         self.dim, self.context_dim = dim, context_dim
         self.memory = memory
         width = 1 + context_dim + num_features
+        self.register_buffer("context_mean", torch.zeros(context_dim))
+        self.register_buffer("context_variance", torch.zeros(context_dim))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
         self.register_buffer("offset", torch.zeros(context_dim))
         self.register_buffer("unit", torch.ones(context_dim))
         self.register_buffer("weight", torch.randn(context_dim, num_features) / context_dim**0.5)
@@ -89,9 +100,7 @@ class Moments(nn.Module):
         count, rows = halves.shape[1], halves.shape[2]
         if count < 2:
             return
-        if self.fits == 0:
-            self.offset.copy_(context.mean(0))
-            self.unit.copy_(context.std(0, correction=0).clamp_min(1e-6))
+        self._standardize(context)
         variance, mean = torch.var_mean(halves, 1)
         moments = torch.cat([mean, 0.5 * variance.clamp_min(1e-20).log()], -1)
         together = moments.mean(0)
@@ -113,6 +122,25 @@ class Moments(nn.Module):
         factor = torch.linalg.cholesky(self.gram + ridge * torch.eye(len(self.gram)).to(self.gram))
         self.solution.copy_(torch.cholesky_solve(self.cross, factor))
         self.fits += 1
+
+    def _standardize(self, context: Tensor) -> None:
+        """Follow the moments of the context; where they have moved, begin anew with them."""
+        rate = max(0.02, 1 / (1 + int(self.seen)))
+        variance, mean = torch.var_mean(context, 0, correction=0)
+        shift = mean - self.context_mean
+        self.context_variance.lerp_(variance + (1 - rate) * shift.square(), rate)
+        self.context_mean.add_(shift, alpha=rate)
+        self.seen += 1
+        unit = self.context_variance.sqrt().clamp_min(1e-6)
+        ratio = (unit / self.unit).log().abs()
+        moved = (ratio > math.log(2)) | ((self.context_mean - self.offset).abs() > self.unit)
+        if self.seen > 1 and not bool(moved.any()):
+            return
+        self.offset.copy_(self.context_mean)
+        self.unit.copy_(unit)
+        self.gram.zero_()
+        self.cross.zero_()
+        self.fits.zero_()
 
     def _features(self, context: Tensor) -> Tensor:
         standard = ((context - self.offset) / self.unit).clamp(-5, 5)

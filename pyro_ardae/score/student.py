@@ -39,15 +39,6 @@ class Student(NamedTuple):
         degrees = max(1, draws - dim)
         return cls(degrees, (1 + 1 / draws) * max(1, draws - 1) / degrees)
 
-    @property
-    def variance(self) -> float:
-        """Variance of a coordinate; infinite up to 2 degrees of freedom."""
-        if math.isinf(self.degrees):
-            return self.square_scale
-        if self.degrees <= 2:
-            return math.inf
-        return self.square_scale * self.degrees / (self.degrees - 2)
-
     def score(self, w: Tensor, square_sigma: Tensor | float = 0.0) -> Tensor:
         r"""Score at w of the t widened by noise: exact for a Gaussian, or without noise.
 

@@ -24,7 +24,6 @@ class TrainedEstimator(ScoreEstimator):
 
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__(dim, context_dim)
-        self.steps = 0
         self.updates = 0
         self._optimizer: torch.optim.Optimizer | None = None
 
@@ -39,16 +38,12 @@ class TrainedEstimator(ScoreEstimator):
         return self._optimizer
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Counters and optimizer, so that a resumed run continues bit for bit."""
-        return {
-            "steps": self.steps,
-            "updates": self.updates,
-            "optimizer": self.optimizer.state_dict(),
-        }
+        """Counter and optimizer, so that a resumed run continues bit for bit."""
+        return {"updates": self.updates, "optimizer": self.optimizer.state_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what :meth:`get_extra_state` gave."""
-        self.steps, self.updates = state["steps"], state["updates"]
+        self.updates = state["updates"]
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -100,6 +100,7 @@ class WhitenedEstimator(TrainedEstimator):
         self.min_age, self.max_age = min_age, max_age
         self.learning_rate, self.warm_up, self.clip = learning_rate, warm_up, clip
         self.weight_decay = weight_decay
+        self.steps = 0
         self.age = 0.0
         self.slow_wins = True
         self.reference: Reference | None = None
@@ -300,13 +301,14 @@ class WhitenedEstimator(TrainedEstimator):
         return frame, frame.whiten(at), self._features(frame, context)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """As in the base class, with the age."""
-        return {**super().get_extra_state(), "age": self.age, "slow_wins": self.slow_wins}
+        """As in the base class, with steps and age."""
+        own = {"steps": self.steps, "age": self.age, "slow_wins": self.slow_wins}
+        return {**super().get_extra_state(), **own}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what :meth:`get_extra_state` gave."""
         super().set_extra_state(state)
-        self.age, self.slow_wins = state["age"], state["slow_wins"]
+        self.steps, self.age, self.slow_wins = state["steps"], state["age"], state["slow_wins"]
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(

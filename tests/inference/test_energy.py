@@ -8,12 +8,15 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyro
 import pytest
 import torch
 
 from inference import grid
-from inference.energy_presets import PRESETS
+from inference.energy import Training, evaluate
+from inference.energy_presets import PRESETS, Config, Guide
 from models.energies import ENERGIES, Energy, log_normalizer
 from tests.inference.conftest import Program
 
@@ -89,6 +92,117 @@ def test_errors_end_in_one_line(
         assert stopped.value.code == 2, arguments
         assert message in shown.err + shown.out, arguments
         assert "Traceback" not in shown.err, arguments
+
+
+# ---- schedules ---------------------------------------------------------------------------------
+
+
+def small(guide: Guide, **options: Any) -> Training:
+    tiny = {"batch_size": 16, "gaussian_batch_size": 16, "num_score_samples": 16, "moves": 0}
+    return Training(Config(**{"energy": "u3", "steps": 100, **tiny, **options}), guide)
+
+
+def test_temperature_falls_geometrically_over_its_share() -> None:
+    training = small("gaussian", beta_start=0.01, beta_share=0.5)
+    for steps, beta in ((0, 0.01), (25, 0.1), (50, 1.0), (75, 1.0)):
+        training.steps_done = steps
+        assert training.beta == pytest.approx(beta)
+    training.steps_done, training.seconds = 25, 0.3 * training.config.budget_seconds
+    assert training.beta == pytest.approx(0.01**0.4)  # whichever limit comes first
+    assert small("gaussian", beta_share=0.0).beta == 1
+
+
+def test_loss_of_a_step_is_that_of_the_tempered_energy() -> None:
+    training = small("gaussian", beta_start=0.1)
+    z = _again(lambda: next(training.draws(16)))
+    with torch.no_grad():
+        expected = (training.posterior().log_prob(z) + 0.1 * training.energy(z)).mean()
+    assert _again(training.step) == pytest.approx(float(expected), rel=1e-5)
+
+
+def _again(call: Callable[[], Any]) -> Any:
+    pyro.set_rng_seed(1)
+    return call()
+
+
+def test_learned_score_starts_from_that_of_the_tempered_density() -> None:
+    training = small("implicit", beta_start=0.1)
+    estimator = training.loss.score_estimator(2, 0)
+    z = 3 * torch.randn(50, 2, requires_grad=True)
+    for steps, beta in ((0, 0.1), (20, 0.1**0.5), (40, 1.0)):
+        training.steps_done = steps
+        (expected,) = torch.autograd.grad(-beta * training.energy(z).sum(), z)
+        torch.testing.assert_close(estimator(z, z), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("guide", ["gaussian", "implicit"])
+def test_step_sizes_fall_along_half_a_cosine(guide: Guide) -> None:
+    training = small(guide, decay_start=0.4)
+    training.step()  # makes the estimator
+    for steps, decay in ((0, 1.0), (40, 1.0), (60, 0.75), (70, 0.5), (80, 0.25), (100, 0.0)):
+        training.steps_done = steps
+        assert training.decay == pytest.approx(decay, abs=1e-12)
+        training.step()
+        rate = training.optim.optimizer.param_groups[0]["lr"]
+        assert rate == pytest.approx(training.rate * decay, abs=1e-12)
+        if guide == "implicit":
+            learned = training.loss.estimators["z"].learning_rate
+            assert learned == pytest.approx(8e-3 * max(0.1, decay))
+
+
+def test_draws_are_of_the_running_average() -> None:
+    training = small("gaussian", average_decay=0.75)
+
+    def locs() -> tuple[torch.Tensor, torch.Tensor]:
+        average, last = (
+            q.get_parameter("loc").detach().clone()
+            for q in (training.average.module, training.posterior)
+        )
+        return average, last
+
+    training.step()
+    before, first = locs()
+    assert torch.equal(before, first)
+    assert bool((first != 0).all())
+    for _ in range(2):
+        training.step()
+        average, last = locs()
+        torch.testing.assert_close(average, 0.75 * before + 0.25 * last)
+        before = average
+    with torch.no_grad():
+        training.posterior.get_parameter("loc").fill_(1e6)
+    assert float(next(training.draws(100)).max()) < 100
+
+
+# ---- the row of results ------------------------------------------------------------------------
+
+
+def test_kl_by_the_density_of_the_guide() -> None:
+    training = small("gaussian", spread=1.5, draws=100)
+    training.energy = GAUSSIAN
+    row, _ = evaluate(training, math.log(2 * math.pi))
+    # log q/p = (s^2 - 1) / 2 times a chi-square variable of variance 4, and a constant: 4.4
+    # standard errors of 100,000 draws. The soft box, 4 s away, adds less than 1e-4.
+    tolerance = 4.4 * (1.5**2 - 1) / math.sqrt(100_000)
+    assert row["kl_exact"] == pytest.approx(gaussian_kl(0.0, 1.5), abs=tolerance)
+
+
+def test_smallest_share_is_that_of_the_mode_with_fewest_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = small("gaussian", energy="u1", draws=400)
+    z = torch.tensor([[-2.0, 0.0]] * 300 + [[2.0, 0.0]] * 100)
+    monkeypatch.setattr(training, "draws", lambda num_draws: [z[:num_draws]])
+    row, counts = evaluate(training, 0.0)
+    assert counts.sum() == 400
+    expected = grid.divergence(counts, ENERGIES["u1"]).expected
+    assert (row["modes"], row["of_modes"]) == (2, 2)
+    # U1 is symmetric: a mode with a quarter of the draws has the smaller share of its own.
+    assert expected[0] == pytest.approx(expected[1], rel=1e-6)
+    assert row["smallest_share"] == pytest.approx(0.25 / expected[0])
+
+
+# ---- the divergence ----------------------------------------------------------------------------
 
 
 def gaussian_kl(loc: float, scale: float) -> float:

@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pyro import poutine
 
-from inference import posterior_table
+from inference import distances, posterior_table
 from inference.errors import UserError
+from inference.posterior import evaluate, moments
 from inference.posterior_table import COLUMNS, FLOOR
 from inference.posterior_training import MAX_SKIPPED, Config, Training
 from inference.reference import Reference, flatten, reference
 from models.posterior_guides import GUIDES
-from models.posteriors import POSTERIORS
+from models.posteriors import POSTERIORS, Posterior
 from tests.inference.conftest import Program
 
 #: Options that make a run tiny.
@@ -57,8 +59,13 @@ def test_a_tiny_run_and_going_on_with_it(
     shown = capsys.readouterr().out
     assert "reference of two-moons: grid, 4 x 60 draws" in shown
     assert (out / "table.md").read_text() in shown
-    moments = rows(out / "moments.csv")
-    assert [row["coordinate"] for row in moments] == ["z[0]", "z[1]"] * len(GUIDES)
+    against = reference(POSTERIORS["two-moons"](), out / "references", num_draws=60, warm_up=30)
+    error, _ = distances.moment_errors(
+        torch.from_numpy(draws).double(), against.draws.flatten(0, 1)
+    )
+    assert float(row["mean_error_worst"]) == pytest.approx(float(error.abs().max()), rel=1e-4)
+    found_moments = rows(out / "moments.csv")
+    assert [row["coordinate"] for row in found_moments] == ["z[0]", "z[1]"] * len(GUIDES)
 
     one = ("--guides", "normal", "--no-figures", "--out", out)
     program("posterior", *TINY, "--posteriors", "two-moons", "banana", "--seeds", 0, *one)
@@ -126,6 +133,66 @@ def test_a_step_without_a_finite_gradient_is_skipped() -> None:
         training.step()
     with pytest.raises(ValueError, match=f"{MAX_SKIPPED + 1} steps in a row"):
         training.step()
+
+
+@pytest.mark.parametrize("guide", ["normal", "implicit"])
+def test_step_sizes_fall_along_half_a_cosine(guide: str) -> None:
+    config = Config(steps=100, decay_start=0.4, particles=4, score_samples=16)
+    training = Training(POSTERIORS["banana"](), guide, config)
+    for steps, decay in ((0, 1.0), (40, 1.0), (60, 0.75), (70, 0.5), (80, 0.25), (100, 0.0)):
+        training.steps_done = steps
+        training.step()
+        rate = training.optimizer.param_groups[0]["lr"]
+        assert rate == pytest.approx(training.rate * decay, abs=1e-12)
+        if guide == "implicit" and steps:  # the first step makes the estimator
+            (estimator,) = training.loss.estimators.values()
+            assert estimator.learning_rate == pytest.approx(8e-3 * max(0.1, decay))
+
+
+def test_data_are_tempered_and_the_prior_is_not() -> None:
+    posterior = POSTERIORS["intercepts"]()
+    config = Config(steps=100, beta_start=0.01, beta_share=0.5, particles=2)
+    training = Training(posterior, "normal", config)
+    for steps, beta in ((0, 0.01), (25, 0.1), (50, 1.0), (75, 1.0)):
+        training.steps_done = steps
+        training.step()
+        assert training.beta == pytest.approx(beta)
+        # What the loss is made of, not what Training calls its model.
+        trace = poutine.trace(training.objective.model).get_trace(*posterior.args)
+        scales = {n: site["scale"] for n, site in trace.nodes.items() if site["type"] == "sample"}
+        assert scales.pop("y") == pytest.approx(4 * beta)  # 100 rows of 400
+        assert {"mean", "spread", "slope", "noise", "intercept"} <= scales.keys()
+        assert {*scales.values()} == {1.0}
+
+
+def test_row_of_results_by_hand() -> None:
+    """Half as wide as the reference, and 3 standard deviations below or one above its mean."""
+    corners = torch.tensor([[-1.0, -1], [-1, 1], [1, -1], [1, 1]], dtype=torch.double).repeat(50, 1)
+    loc, scale = torch.tensor([3.0, -8.0]), torch.tensor([0.1, 5.0])
+    std = math.sqrt(200 / 199)
+    shift = torch.tensor([-3.0, 1.0], dtype=torch.double)
+    against, draws = (loc + scale * z for z in (corners, std * shift + corners / 2))
+    posterior = Posterior("corners", lambda: None, modes=lambda z: (z[:, 0] > 3).long())
+    row = evaluate(draws, against, posterior)
+    assert row["mean_error"] == pytest.approx(math.sqrt(5))
+    assert row["mean_error_worst"] == pytest.approx(3)
+    assert (row["std_error"], row["std_error_worst"]) == pytest.approx((0.5, 0.5))
+    assert (row["ks"], row["ks_worst"]) == pytest.approx((0.75, 1))
+    assert row["c2st"] > 0.99
+    assert row["modes"] == 1
+    # Of the squared distance along theta, (theta' shift)^2 varies by 10 / sqrt(8): 4.4 standard
+    # errors of its mean over 256 directions.
+    distance = row["sliced_wasserstein"] ** 2
+    assert distance == pytest.approx(5 + 0.25 / std**2, abs=4.4 * 10 / math.sqrt(8 * 256))
+    assert math.isnan(evaluate(draws, against, Posterior("corners", lambda: None))["modes"])
+
+
+def test_moments_of_the_draws_come_before_those_of_the_reference() -> None:
+    draws = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 5.0]])
+    against = torch.tensor([[[0.0, 7.0]], [[0.0, 7.0]], [[0.0, 10.0]]])
+    found = Reference(against, ("a", "b"), "grid", 1.0, 1.0)
+    posterior = Posterior("b", lambda: None, shown=("b",))
+    assert moments(draws, found, posterior) == {"b": pytest.approx((3, 2, 8, math.sqrt(3)))}
 
 
 def test_references_are_made_once(tmp_path: Path) -> None:

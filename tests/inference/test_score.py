@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,9 @@ def test_figures(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (("--targets", "ring", "rings"), "--targets: expected some of mixture1, .* found rings"),
         (("--num-samples", 2), "--num-samples: expected at least 8, found 2"),
         (("--draws", 2), "--draws: expected 3 or more"),
-        (("--seconds", 0), "--seconds, .* more than 0"),
+        (("--seconds", 0), "--seconds: expected a positive number"),
+        (("--seeds",), "--seeds: expected one at least"),
+        (("--seeds", 0, -1), "--seeds: expected one at least, each in"),
         (("--out", "/proc/none"), "/proc/none: expected a writable folder"),
     ],
 )
@@ -164,6 +167,27 @@ def test_a_seed_fixes_everything_but_the_time() -> None:
         return run.evaluate(8)["error"]
 
     assert error(0) == error(0) != error(1)
+
+
+def test_evaluation_is_on_other_draws_than_training() -> None:
+    class Seen(ARDAE):
+        def update(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(samples)
+            return super().update(samples, *args, **kwargs)
+
+        def forward(self, value: Tensor, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append(value)
+            return super().forward(value, samples, *args, **kwargs)
+
+    seen: list[Tensor] = []
+    target = TARGETS["mixture2"]()
+    options = Score(num_contexts=4, num_samples=8, eval_contexts=4, eval_samples=8)
+    run = Run(Seen(target.dim, target.context_dim), target, 0, options)
+    next(run.train(60.0))
+    run.evaluate(8)
+    trained, evaluated = seen
+    assert trained.shape == evaluated.shape
+    assert not bool((trained == evaluated).any())
 
 
 def test_a_moving_target_is_evaluated_where_it_is() -> None:

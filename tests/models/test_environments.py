@@ -86,13 +86,3 @@ def test_bandit_of_factors_is_the_product() -> None:
     product = sum(one.log_prob(obs, action[:, i : i + 1]) for i in range(6))
     assert torch.allclose(bandit.log_prob(obs, action), product, atol=1e-4)
     assert torch.allclose(bandit(obs, action), 0.2 * product, atol=1e-4)
-
-
-def test_bandit_environment_pays_its_q() -> None:
-    env = gymnasium.make("pyro_ardae/Bandit-v0", bandit="2d")
-    obs, _ = env.reset(seed=3)
-    action = np.array([0.3, -0.4], dtype=np.float32)
-    _, reward, terminated, truncated, _ = env.step(action)
-    assert (terminated, truncated) == (True, False)
-    expected = BANDITS["2d"](torch.as_tensor(obs), torch.as_tensor(action).double())
-    assert reward == pytest.approx(float(expected))

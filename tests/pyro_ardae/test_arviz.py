@@ -19,6 +19,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
 from pyro_ardae import Implicit, to_arviz
@@ -254,3 +255,24 @@ def test_arviz_is_imported_when_it_is_needed() -> None:
     assert az.__name__ not in {
         value.__name__ for value in vars(module).values() if inspect.ismodule(value)
     }
+
+
+def test_a_reparameterized_site_is_derived_not_data() -> None:
+    """Pyro makes of it an observed delta."""
+
+    def plain(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("school", 8):
+            theta = pyro.sample("theta", dist.Normal(mu, 3.0))
+            pyro.sample("y", dist.Normal(theta, ERROR), obs=y)
+
+    model = poutine.reparam(plain, {"theta": LocScaleReparam(0.0)})
+    guide = AutoNormal(model)
+    guide(Y)
+    data = to_arviz(model, guide, Y, num_samples=50)
+    groups = {name: set(data[name].data_vars) for name in ("posterior", "observed_data")}
+    assert groups == {"posterior": {"mu", "theta_decentered", "theta"}, "observed_data": {"y"}}
+    assert set(data["log_likelihood"].data_vars) == {"y"}
+    draws = {name: data["posterior"][name].values for name in ("mu", "theta", "theta_decentered")}
+    expected = draws["mu"][..., None] + 3 * draws["theta_decentered"]
+    np.testing.assert_allclose(draws["theta"], expected, rtol=1e-5)

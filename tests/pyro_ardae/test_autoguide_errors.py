@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -334,3 +335,20 @@ def test_nan_that_is_no_data() -> None:
         pyro.sample("x", dist.Normal(a, 1.0), obs=x)
 
     AutoImplicit(model)(torch.tensor(1.0))
+
+
+def test_masked_latents_are_warned_of() -> None:
+    """Nothing but their entropy acts on them."""
+    x, seen = torch.zeros(3), torch.tensor([True, False, True])
+
+    def missing() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x, obs_mask=seen)
+
+    with pytest.warns(UserWarning, match=r"'x_unobserved' are masked out.*hide=\['x_unobserved'\]"):
+        AutoImplicit(missing)()
+    pyro.clear_param_store()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoImplicit(poutine.block(missing, hide=["x_unobserved"]))()

@@ -68,6 +68,109 @@ def optimizer() -> pyro.optim.PyroOptim:
 # ---- gradients that need log q -------------------------------------------------------------------
 
 
+class Partly(dist.Rejector):
+    """Reparameterized in part, as laws that are drawn by rejection: has_rsample, and a score."""
+
+    def __init__(self, alpha: Tensor) -> None:
+        self.shape = alpha
+        proposal = dist.Gamma(alpha, 1.0)
+        super().__init__(proposal, lambda x: -x, torch.tensor(-1.0))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return dist.Gamma(self.shape, 2.0).log_prob(x)
+
+
+def test_a_site_that_is_reparameterized_in_part_is_refused_before_an_implicit_one() -> None:
+    def partly() -> None:
+        a = pyro.sample("a", Partly(pyro.param("alpha", torch.tensor(2.0))))
+        pyro.sample("z", Implicit(lambda e, c: e + c, 1, a.reshape(1), (1,)))
+
+    def joint() -> None:
+        pyro.sample("a", dist.Gamma(2.0, 2.0))
+        pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="'a' before it, which is not reparameterized"):
+        SVI(joint, partly, optimizer(), TraceImplicit_ELBO(SMALL)).step()
+    with pytest.raises(TypeError, match="expected reparameterized noise, got Partly"):
+        Implicit(lambda e: e, Partly(torch.tensor(2.0)))
+
+
+def test_an_infinite_loss_without_a_gradient_is_refused() -> None:
+    def infinite() -> None:
+        model()
+        z = pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.factor("f", (z - z).abs().log())
+
+    def shaped() -> None:
+        guide()
+        at = pyro.param("at", torch.zeros(()))
+        pyro.sample("w", Implicit(lambda e: (e + at).squeeze(-1), 1, None, ()))
+
+    svi = SVI(infinite, shaped, optimizer(), TraceImplicit_ELBO(SMALL))
+    with pytest.raises(ValueError, match=r"the loss is infinite\. The step was refused"):
+        svi.step()
+    assert math.isfinite(pyro.param("at").item())
+
+
+def test_an_infinite_loss_with_a_gradient_is_taken() -> None:
+    def infinite() -> None:
+        model()
+        pyro.sample("x", dist.Uniform(0.0, 1.0, validate_args=False), obs=torch.tensor(2.0))
+
+    svi = SVI(infinite, guide, optimizer(), TraceImplicit_ELBO(SMALL))
+    assert svi.step() == math.inf
+    assert bool(torch.isfinite(pyro.param("weight")).all())
+
+
+# ---- what a session does in between --------------------------------------------------------------
+
+
+def test_an_evaluation_in_inference_mode_may_come_first() -> None:
+    guide()  # makes the parameters, which belong to training
+    svi = SVI(model, guide, optimizer(), TraceImplicit_ELBO(SMALL))
+    with torch.inference_mode():
+        svi.evaluate_loss()
+    assert math.isfinite(svi.step())
+
+
+def test_the_estimator_follows_a_guide_to_another_dtype() -> None:
+    kind = torch.float32
+
+    def typed() -> None:
+        scale = pyro.param("scale", torch.ones(DIM)).to(kind)
+        noise = dist.Normal(torch.zeros(DIM, dtype=kind), 1.0).to_event(1)
+        with pyro.plate("rows", ROWS):
+            pyro.sample("z", Implicit(lambda e: scale * e, noise))
+
+    loss = TraceImplicit_ELBO(SMALL)
+    svi = SVI(model, typed, optimizer(), loss)
+    for kind in (torch.float32, torch.float64, torch.float32):
+        assert math.isfinite(svi.step())
+        assert loss.estimators["z"].weights.dtype == kind
+
+
+def test_evaluating_a_copy_of_the_guide_warns_of_nothing() -> None:
+    loss = TraceImplicit_ELBO(SMALL)
+    svi = SVI(model, guide, optimizer(), loss)
+    svi.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            loss.loss(model, other_guide)
+        svi.step()
+
+
+def test_a_factory_that_makes_no_estimator() -> None:
+    loss = TraceImplicit_ELBO(lambda dim, width: torch.nn.Linear(dim, dim))  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match=r"returns a ScoreEstimator.*got a Linear"):
+        SVI(model, guide, optimizer(), loss).step()
+
+
+def test_an_event_shape_is_a_tuple() -> None:
+    with pytest.raises(TypeError, match=r"event_shape.*Pass \(2,\)"):
+        Implicit(lambda e: e, 2, event_shape=2)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("enumerate", [None, "parallel"])
 def test_a_site_that_is_not_reparameterized(enumerate: str | None) -> None:
     """Its gradient takes the entropies of what follows, which an implicit site does not have."""

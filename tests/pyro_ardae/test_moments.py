@@ -84,7 +84,7 @@ def test_recovers_a_smooth_map(dtype: torch.dtype) -> None:
 
 
 def test_follows_contexts_of_another_unit(float64: None) -> None:
-    """Random features are of contexts standardized at the first update."""
+    """Random features are of standardized contexts."""
     moments = Moments(1, 2)
     shift, unit = torch.tensor([1e3, -5.0]), torch.tensor([1e-3, 40.0])
     for _ in range(40):
@@ -94,6 +94,41 @@ def test_follows_contexts_of_another_unit(float64: None) -> None:
     context = 4 * torch.rand(1000, 2) - 2
     error = predict(moments, shift + unit * context)[:, :1] - torch.sin(2 * context[:, :1])
     assert float(error.square().mean()) < 0.05**2
+
+
+@pytest.mark.parametrize("first", ["constant", "narrow", "elsewhere"])
+def test_a_context_that_moves_begins_the_regression_anew(first: str, float64: None) -> None:
+    """As with an encoder that starts at zero: what the first update saw is no unit for ever."""
+    moments = Moments(1, 2)
+    for update in range(600 if first == "elsewhere" else 60):
+        context = 4 * torch.rand(B, 2) - 2
+        if update < 3:
+            context = {"constant": 0 * context, "narrow": 0.01 * context}.get(first, 50 + context)
+        mean = torch.sin(2 * context[:, :1])
+        moments.fit(halves(mean, torch.zeros(B, 1) - 3, 8), context)
+    context = 4 * torch.rand(1000, 2) - 2
+    error = predict(moments, context)[:, :1] - torch.sin(2 * context[:, :1])
+    assert float(error.square().mean()) < 0.05**2
+    assert int(moments.seen) > int(moments.fits) > 5
+
+
+def test_contexts_that_rest_are_standardized_once(float64: None) -> None:
+    moments = Moments(1, 2)
+    for _ in range(200):
+        context = torch.randn(64, 2)
+        moments.fit(halves(context[:, :1], torch.zeros(64, 1), 8), context)
+    assert int(moments.fits) == 200
+
+
+def test_units_of_contexts_that_are_constant_in_each_update(float64: None) -> None:
+    """Such as globals that all rows share: they vary from update to update."""
+    moments = Moments(1, 1)
+    shared = 3 + 2 * torch.randn(400)
+    for value in shared:
+        moments.fit(torch.randn(2, 4, B, 1), value.expand(B, 1))
+    # an average of some 100 normal squares: 4.4 deviations of 10 %, halved by the root
+    assert abs(float(moments.context_variance) / 4 - 1) < 0.44
+    assert 1 < float(moments.unit) < 4
 
 
 def test_forgets_at_the_stated_rate(float64: None) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyro_ardae.pareto import pareto_k
+from pyro_ardae.quantiles import fixed_noise
 
 
 def test_known_tails() -> None:
@@ -45,3 +46,15 @@ def test_one_weight_that_outdoes_all_others_is_no_constant_tail() -> None:
     assert float(pareto_k(1000 * torch.randn(2000))) == math.inf
     assert float(pareto_k(torch.zeros(2000))) == -math.inf
     assert math.isnan(float(pareto_k(torch.full((2000,), -math.inf))))
+
+
+def test_whatever_the_default_device() -> None:
+    """What draws or fits on the CPU says so; "meta" stands in for a GPU."""
+    log_weights = torch.randn(200, generator=torch.Generator().manual_seed(0)).square()
+    expected, noise = pareto_k(log_weights), fixed_noise()((4, 3), log_weights)
+    try:
+        torch.set_default_device("meta")
+        assert torch.equal(pareto_k(log_weights).cpu(), expected)
+        assert torch.equal(fixed_noise()((4, 3), log_weights), noise)
+    finally:
+        torch.set_default_device(None)

@@ -16,7 +16,8 @@ from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_ardae.unconstrained import UnconstrainedModel, guide_draws
+from pyro_ardae.traces import guide_draws
+from pyro_ardae.unconstrained import UnconstrainedModel
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 

@@ -269,7 +269,9 @@ def test_variance_is_that_of_a_gaussian_draw(float64: None) -> None:
         square = frame.whiten(torch.randn(1, rows, dim)).square().flatten()
         error = float(square.std()) / len(square) ** 0.5
         # 6 instead of 4.4 standard errors (rate 1e-5): the fourth moment of t is heavy-tailed
-        assert abs(float(square.mean()) - frame.base.variance) < 6 * error
+        degrees = frame.base.degrees
+        variance = frame.base.square_scale * degrees / (degrees - 2)
+        assert abs(float(square.mean()) - variance) < 6 * error
 
 
 def test_one_row_of_no_spread_stays_finite() -> None:
