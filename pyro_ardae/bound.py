@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from pyro_ardae.elbo import (
     TraceImplicit_ELBO,
@@ -61,9 +61,8 @@ class _Density:
 
         def density(of: Implicit, at: Tensor) -> Tensor:
             with torch.no_grad():
-                samples = of.flat(source.rsample(Size((count,))))
+                samples, center = source.flat_draws(count, center=estimator.needs_center)
                 rows = of.flat(at).reshape(-1, *samples.shape[1:])
-                center = of.flat(source.zero_noise()) if estimator.needs_center else None
                 result: Tensor = estimator.log_prob(rows, samples, context, center=center)
             return result.reshape(at.shape[: at.dim() - dims])
 

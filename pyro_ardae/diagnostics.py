@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from torch import Size, Tensor
+from torch import Tensor
 
 from pyro_ardae.implicit import Implicit, find_implicit
 
@@ -123,8 +123,8 @@ def _scored(fn: Implicit, loss: Any, name: str, num_samples: float) -> tuple[Ten
     # As many draws for the whitening as in training, whose particles may have had more contexts.
     whiten = loss._sites[name].num_draws or loss._num_draws(contexts)
 
-    value, samples = fn.flat(fn.sample(Size((count + whiten,)))).split([count, whiten])
-    center = fn.flat(fn.zero_noise()) if estimator.needs_center else None
+    draws, center = fn.flat_draws(count + whiten, center=estimator.needs_center)
+    value, samples = draws.split([count, whiten])
     score = estimator(value, samples, fn.context, center=center)
     centered = value - samples.mean(0)
     dim = estimator.dim

@@ -338,11 +338,10 @@ class _ImplicitELBO:
 
         def draw() -> Tensor:
             nonlocal center
-            with torch.no_grad(), poutine.block():
-                if site.estimator.needs_center and center is None:
-                    samples, center = (fn.flat(draws) for draws in source.centered(count))
-                else:
-                    samples = fn.flat(source.rsample(torch.Size((count,))))
+            wanted = site.estimator.needs_center and center is None
+            with poutine.block():
+                samples, found = source.flat_draws(count, center=wanted)
+            center = found if wanted else center
             if not torch.isfinite(samples.sum()):
                 raise ValueError(
                     f"implicit site '{name}': its sampler returned non-finite values. The step was "

@@ -172,26 +172,23 @@ class Implicit(TorchDistribution):
         with torch.no_grad():
             return self.rsample(sample_shape)
 
-    def centered(self, count: int) -> tuple[Tensor, Tensor]:
-        """``count`` draws ``[count, *batch, *event]`` and :meth:`zero_noise`, by one pass of the
-        sampler, without a graph.
+    def flat_draws(self, count: int, *, center: bool) -> tuple[Tensor, Tensor | None]:
+        """What an estimator takes, without a graph: draws ``[count, *batch, D]``, and the value
+        for zero noise ``[*batch, D]``, by which the paper centers z, if ``center`` is wanted; by
+        one pass of the sampler.
         """
+        if not center:
+            return self.flat(self.sample(Size((count,)))), None
         with torch.no_grad():
             noise = self.noise.sample(Size((count,)))
             noise = torch.cat([noise, torch.zeros_like(noise[:1])])
-            value = self._push(noise, Size((count + 1,)))
+            value = self.flat(self._push(noise, Size((count + 1,))))
         return value[:count], value[count]
 
     def flat(self, value: Tensor) -> Tensor:
         """Draws ``[*sample, *batch, *event]`` with one dimension for the event."""
         dims = len(self.event_shape)
         return value.flatten(-dims) if dims else value.unsqueeze(-1)
-
-    def zero_noise(self) -> Tensor:
-        """The sampler's output ``[*batch, *event]`` for noise 0, by which the paper centers z."""
-        with torch.no_grad():
-            shape = self.batch_shape + self.noise.event_shape
-            return self._push(self.noise.sample().new_zeros(shape), Size())
 
     def _push(self, noise: Tensor, sample_shape: Size) -> Tensor:
         if self.context is None:

@@ -7,18 +7,16 @@ it says of that."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from inference.sac_policy import ImplicitPolicy, Proposal
+from inference.sac_policy import ImplicitPolicy
 from models.actors import Encoded, log_tanh_slope
 from pyro_ardae.score import ARDAE
-from tests.inference.test_sac import LinearActor, Oracle
+from tests.inference.test_sac import LinearActor
 
 #: Location of the parts of `Skewed`, ± that, and their scale, before the state's.
 KAPPA, SCALE = 0.6, 0.8

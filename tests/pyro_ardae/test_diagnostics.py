@@ -6,6 +6,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from statistics import NormalDist
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_ardae import Implicit, TraceImplicit_ELBO, stein_check
+from pyro_ardae.diagnostics import _check
 from pyro_ardae.score import ScoreEstimator
 
 FACTOR = torch.tensor([[1.0, 0.0], [0.9, 0.1]])
@@ -113,6 +116,69 @@ def test_a_wrong_direction_shows_in_the_eigenvalue() -> None:
         found = stein_check(loss, one)["z"]
     assert found.stein == pytest.approx(0.75, abs=0.1)
     assert abs(found.worst_direction - 1) > 0.3
+
+
+def test_figures_of_known_draws(float64: None) -> None:
+    """Draws c = (±1, ±2) about their mean, in two traces, and the score (3, 4) - c."""
+    centered = torch.tensor([[-1.0, -2.0], [1.0, -2.0], [-1.0, 2.0], [1.0, 2.0]])
+    score = torch.tensor([3.0, 4.0]) - centered
+    pairs = [(score[:3], centered[:3]), (score[3:], centered[3:])]
+    found = _check(pairs, 1.6, 2.0)
+    # The identity is (5 - 3 c1 - 4 c2) / 2, that is 8, 5, 0, -3, with 73 for the sum of squared
+    # deviations; those of the score sum to 4 and 16.
+    assert found.stein == pytest.approx(2.5)
+    assert found.error == pytest.approx((73 / 3) ** 0.5 / 2)
+    assert found.mean_score == pytest.approx((9 / (4 / 3 / 4) + 16 / (16 / 3 / 4)) ** 0.5)
+    assert found.worst_direction == pytest.approx(4)  # of -E[s c'], diagonal with 1 and 4
+    assert found.threshold == pytest.approx(1.6 + 2 * found.error)
+    assert found.num_samples == 4
+    assert found.passed
+    assert not _check(pairs, 1.4, 0.0).passed
+
+
+def chain() -> None:
+    """Two implicit sites, the first of which is the context of the second."""
+    z = pyro.sample("z", Implicit(lambda e: e @ FACTOR.mT, 2))
+    pyro.sample("y", Implicit(lambda e, c: c + e @ FACTOR.mT, 2, z))
+
+
+def _chained() -> None:
+    for name in "zy":
+        pyro.sample(name, dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+def test_failure_rate_is_shared_by_the_sites() -> None:
+    for guide, model, sites in ((one, _plain, 1), (chain, _chained, 2)):
+        loss = TraceImplicit_ELBO(ExactScore)
+        with torch.no_grad():
+            loss.loss(model, guide)
+        found = stein_check(loss, guide, tolerance=0.5, failure_rate=0.1)
+        assert len(found) == sites
+        k = NormalDist().inv_cdf(1 - 0.05 / sites)  # both tails
+        for check in found.values():
+            assert (check.threshold - 0.5) / check.error == pytest.approx(k)
+
+
+def test_draws_for_the_whitening_are_as_many_as_in_training() -> None:
+    """Vectorized particles are so many contexts of a second site, which get fewer draws each."""
+    seen: dict[int, set[int]] = {0: set(), 2: set()}
+
+    class Counting(ExactScore):
+        def forward(self, value: Tensor, samples: Tensor, *args: Any, **options: Any) -> Tensor:
+            seen[self.context_dim].add(len(samples))
+            return super().forward(value, samples, *args, **options)
+
+    loss = TraceImplicit_ELBO(
+        Counting, num_particles=32, vectorize_particles=True, max_plate_nesting=0
+    )
+    for draws in ({0: {2048}, 2: {2048}}, {0: {2048}, 2: {2048 // 32}}):
+        with torch.no_grad():  # at first without training: as many as one would take
+            loss.loss(_chained, chain)
+        seen[0].clear()
+        seen[2].clear()
+        stein_check(loss, chain)
+        assert seen == draws
+        loss.differentiable_loss(_chained, chain)
 
 
 def test_errors() -> None:

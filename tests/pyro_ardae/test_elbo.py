@@ -485,3 +485,38 @@ def test_distributions_kept_by_a_guide_lose_their_score(float64: None) -> None:
         kept.log_prob(torch.zeros(D))
     with pytest.raises(NotImplementedError, match="no density"):
         Trace_ELBO().loss(model, guide)
+
+
+# ---- diagnostics ---------------------------------------------------------------------------------
+
+
+def test_diagnostics_of_known_draws(float64: None) -> None:
+    """Draws at m + (±1, ±2), m = (1, 2), and the score (3, 4) - (z - m)."""
+    draws = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [2.0, 4.0]])
+    mean = draws.mean(0)
+
+    def guide() -> None:  # whatever the noise, also when the score is learned
+        pyro.sample("z", Implicit(lambda eps: draws, 2))
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    elbo = TraceImplicit_ELBO(
+        lambda d, c: Oracle(d, c, lambda z, _: torch.tensor([3.0, 4.0]) - (z - mean)),
+        num_score_samples=4,
+        num_particles=4,
+        vectorize_particles=True,
+        max_plate_nesting=0,
+    )
+    with torch.no_grad():
+        elbo.loss(model, guide)
+    # With c = z - m the identity is (|c|^2 - 3 c1 - 4 c2) / 2 = (5 - 3 c1 - 4 c2) / 2: 8, 5, 0, -3.
+    # Sums of squared deviations: 4 and 16 of the draws' coordinates, 73 of the identity.
+    assert elbo.diagnostics()["z"] == pytest.approx(
+        {
+            "stein": 2.5,
+            "stein_error": (73 / 3) ** 0.5 / 2,
+            "mean_score": 5.0,
+            "std": ((4 / 3) ** 0.5 + (16 / 3) ** 0.5) / 2,
+        }
+    )

@@ -26,7 +26,6 @@ def test_shapes_with_context(batch: tuple[int, ...], sample: tuple[int, ...], di
     assert q.event_shape == (dim,)
     assert q.rsample(sample).shape == sample + batch + (dim,)
     assert q.sample(sample).shape == sample + batch + (dim,)
-    assert q.zero_noise().shape == (*batch, dim)
 
 
 def test_shapes_without_context() -> None:
@@ -71,20 +70,30 @@ def test_expand_gives_new_rows_noise_of_their_own() -> None:
         q.expand((3, 4))
 
 
-def test_zero_noise_is_the_samplers_output_for_zero() -> None:
-    context = torch.randn(5, 2)
-    assert torch.equal(Implicit(affine, 2, context).zero_noise(), context)
-
-
-def test_centered_gives_draws_and_the_output_for_zero_noise() -> None:
-    q = Implicit(affine, 2, torch.randn(5, 2, requires_grad=True))
+def test_flat_draws_and_the_output_for_zero_noise() -> None:
+    context = torch.randn(5, 2, requires_grad=True)
+    q = Implicit(affine, 2, context)
     torch.manual_seed(0)
-    draws, center = q.centered(4)
+    draws, center = q.flat_draws(4, center=True)
     torch.manual_seed(0)
-    assert torch.equal(draws, q.sample((4,)))
-    assert torch.equal(center, q.zero_noise())
+    alone, none = q.flat_draws(4, center=False)
+    assert none is None
+    assert center is not None
+    assert torch.equal(draws, alone)
+    assert torch.equal(center, context)  # affine adds it to the noise
     assert not draws.requires_grad
     assert not center.requires_grad
+
+
+def test_flat_draws_of_a_scalar_and_of_a_matrix() -> None:
+    scalar = Implicit(lambda e: e.squeeze(-1), 1, None, ())
+    assert scalar.flat_draws(4, center=False)[0].shape == (4, 1)
+    noise = torch.distributions.Normal(torch.zeros(5, 3, 2), 1.0)
+    matrix = Implicit(lambda e: e, torch.distributions.Independent(noise, 2))
+    assert [x.shape for x in matrix.flat_draws(4, center=True) if x is not None] == [
+        (4, 5, 6),
+        (5, 6),
+    ]
 
 
 def test_to_takes_dtype_of_the_context() -> None:

@@ -376,6 +376,57 @@ def test_shorter_average_answers_after_a_jump() -> None:
     assert answered < longer / 2, (answered, longer)
 
 
+# ---- step sizes, gradients, features -----------------------------------------------------------
+
+
+@every_estimator
+def test_step_size_falls_with_the_root_of_the_age(
+    make: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimator = make(1, hidden_dim=4, depth=1, learning_rate=0.01, warm_up=8, num_folds=4)
+    monkeypatch.setattr(estimator, "_advantage", lambda *_: torch.tensor(-1.0))
+    # Warm up half of the way, and all of it, at ages that are those after the update.
+    for age, factor in ((100, 0.5 / 1.1**0.5), (1000, 1 / 2**0.5), (3000, 0.5), (8000, 1 / 3)):
+        estimator.age = age - 4.0
+        estimator.update(torch.randn(8, 1))
+        assert estimator.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * factor)
+
+
+def test_a_gradient_is_bounded_by_a_multiple_of_the_running_mean(float64: None) -> None:
+    estimator = ARDAE(1, hidden_dim=4, depth=1, clip=4.0).double()
+    mean = 5.0  # that of the first
+    for step, (norm, bounded) in enumerate(
+        # As it is; bounded by 4 times the mean, which follows what is left; the third says nothing.
+        ((5.0, 5.0), (100.0, 4 * 5.0), (float("nan"), 0.0), (2.0, 2.0))
+    ):
+        estimator.steps = step
+        direction = torch.zeros_like(estimator.weights)
+        direction[:2] = torch.tensor([0.6, -0.8])
+        clipped = estimator._clipped(norm * direction)
+        torch.testing.assert_close(clipped, bounded * direction)
+        mean += 0.02 * ((1.0 if norm != norm else bounded) - mean)
+        assert float(estimator.gradient_norm) == pytest.approx(mean)
+
+
+@every_estimator
+def test_a_context_far_away_is_taken_for_one_5_deviations_away(
+    float64: None, make: Factory
+) -> None:
+    estimator = make(2, 3, whitening="none", hidden_dim=8, depth=2).double()
+    for _ in range(5):
+        estimator.update(torch.randn(8, 64, 2), torch.randn(64, 3))
+    std = (estimator.feature_square - estimator.feature_mean.square()).sqrt()
+    std = std + 1e-3 * estimator.feature_mean.abs() + 1e-8
+    z = torch.randn(6, 1, 2)
+    near, border, far, farther = (
+        estimator(z, z, (estimator.feature_mean + deviations * std).unsqueeze(0))
+        for deviations in (4.0, 5.0, 6.0, 1e6)
+    )
+    assert not torch.equal(near, border)
+    for score in (far, farther):
+        torch.testing.assert_close(score, border, rtol=1e-10, atol=1e-10)
+
+
 # ---- state and errors ----------------------------------------------------------------------------
 
 
