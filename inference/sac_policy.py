@@ -253,8 +253,9 @@ class ImplicitPolicy(nn.Module):
         """
         typical = variance.mean(0).clamp_min(0.01)
         off = (variance - 1).clamp(max=3.0)
-        off, mean = off.mean(0).lerp(off, self.OWN) / typical, mean / typical
-        return self.GAUGE * (0.5 * off * (y - mean).square() + mean * y).sum(-1).mean()
+        off = off.mean(0).lerp(off, self.OWN)
+        terms = (0.5 * off * (y - mean).square() + mean * y) / typical
+        return self.GAUGE * terms.sum(-1).mean()
 
     @torch.no_grad()
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:

@@ -210,6 +210,7 @@ class _ImplicitELBO:
                 "dim": site.estimator.dim,
                 "context_dim": site.estimator.context_dim,
                 "kind": type(site.estimator).__name__,
+                "num_draws": site.num_draws,
                 "estimator": site.estimator.state_dict(),
             }
             for name, site in self._sites.items()
@@ -423,6 +424,7 @@ class _ImplicitELBO:
                     f"{state['kind']}. Build the loss with the score_estimator it was saved of."
                 )
             estimator.load_state_dict(state["estimator"])
+            site.num_draws = state.get("num_draws")
             del self._pending[name]
         return site
 

@@ -218,13 +218,12 @@ class WhitenedEstimator(TrainedEstimator):
         Without a bound, one outlier among the draws moves all weights by some ten step sizes of
         Adam, and then stalls them for as long as Adam remembers its square.
         """
-        norm = gradient.norm()
+        norm, mean = gradient.norm(), self.gradient_norm
         finite = norm.isfinite()
-        norm = torch.where(finite, norm, torch.ones_like(norm))
-        if self.steps == 0:
-            self.gradient_norm.copy_(norm)
-        bounded = norm.minimum(self.clip * self.gradient_norm)
-        self.gradient_norm.lerp_(bounded, 0.02)
+        norm = torch.where(finite, norm, mean)  # one that is not finite has no part in the mean
+        mean.copy_(torch.where(mean > 0, mean, norm))  # the first one is its start
+        bounded = norm.minimum(self.clip * mean)
+        mean.lerp_(bounded, 0.02)
         scaled = gradient.mul_(bounded / norm.clamp_min(1e-30))
         return torch.where(finite, scaled, torch.zeros_like(scaled))
 

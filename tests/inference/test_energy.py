@@ -63,6 +63,7 @@ def test_same_seed_same_result(program: Program, tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.filterwarnings("ignore:Encountered (NaN|\\+?inf)")
 def test_errors_end_in_one_line(
     program: Program,
     tmp_path: Path,
@@ -78,11 +79,17 @@ def test_errors_end_in_one_line(
         ((*tiny, "--out", tmp_path / "file" / "run"), "expected a writable folder"),
         ((*tiny, "--out", tmp_path / "run"), "expected a new run folder, found a run"),
         ((*tiny, "--beta-start", 0), "--beta-start: expected a value in (0, 1], found 0.0"),
-        ((*tiny, "--budget-seconds", 0), "--budget-seconds: expected a positive time"),
+        ((*tiny, "--budget-seconds", 0), "--budget-seconds: expected a positive number"),
         ((*tiny, "--noise-dim", 1), "--noise-dim: expected at least 2"),
         ((*tiny, "--moves", -1), "--moves: expected no negative number, found -1"),
-        ((*tiny, "--langevin-step-size", 0), "--langevin-step-size: expected a positive size"),
-        ((*tiny, "--jump-scale", 0), "--jump-scale: expected a positive scale"),
+        ((*tiny, "--langevin-step-size", 0), "--langevin-step-size: expected a positive number"),
+        ((*tiny, "--jump-scale", 0), "--jump-scale: expected a positive number"),
+        ((*tiny, "--flow-learning-rate", -1), "--flow-learning-rate: expected a positive number"),
+        ((*tiny, "--seeds", 0, -1), "--seeds: expected one at least, each in [0, 2^32)"),
+        (
+            (*tiny, "--gaussian-learning-rate", 1e30, "--out", tmp_path / "diverged"),
+            "gaussian, seed 0: the run failed",
+        ),
     ]
     capsys.readouterr()
     for arguments, message in table:
@@ -92,6 +99,7 @@ def test_errors_end_in_one_line(
         assert stopped.value.code == 2, arguments
         assert message in shown.err + shown.out, arguments
         assert "Traceback" not in shown.err, arguments
+        assert "--resume" not in shown.err, arguments  # which it does not have
 
 
 # ---- schedules ---------------------------------------------------------------------------------

@@ -85,11 +85,14 @@ def test_errors_end_in_one_line(
     table: list[tuple[tuple[object, ...], str]] = [
         (("--posteriors", "banana", "no-such"), "--posteriors: expected some of schools-centred"),
         (("--guides", "no-such"), "--guides: expected some of normal"),
-        (("--seconds", 0), "--seconds: expected a positive time, found 0"),
+        (("--seconds", 0), "--seconds: expected a positive number, found 0"),
         (("--particles", 1), "--particles: expected an even number, for pairs of opposite noise"),
         (("--particles", 33), "--particles: expected an even number, for pairs of opposite noise"),
         (("--beta-start", 0), "--beta-start: expected a value in (0, 1], found 0.0"),
         (("--draws", 10), "--draws: expected at least 100, found 10"),
+        (("--score-samples", 0), "--score-samples: expected at least 2, found 0"),
+        (("--flow-learning-rate", 0), "--flow-learning-rate: expected a positive number"),
+        (("--seeds", 0, 2**32), "--seeds: expected one at least, each in [0, 2^32)"),
         (("--out", tmp_path / "file" / "run"), "expected a writable folder"),
     ]
     for arguments, message in table:

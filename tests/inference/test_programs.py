@@ -259,7 +259,7 @@ def test_errors_end_in_one_line(
         ((*mnist, "--steps", 0), "--steps: expected a positive number, found 0"),
         ((*mnist, "--threads", 0), "--threads: expected a positive number, found 0"),
         ((*mnist, "--valid-every", 0), "--valid-every: expected a positive number"),
-        ((*mnist, "--seed", -1), "--seed: expected 0 at least"),
+        ((*mnist, "--seed", -1), "--seed: expected a number in [0, 2^32)"),
         ((*mnist, "--decay-steps", -5), "--decay-steps: expected 0 at least"),
         ((*mnist, "--test-points", -5), "--test-points: expected a positive number"),
         ((*mnist, "--guide-samples", 63), "--guide-samples: expected two a latent, 64"),

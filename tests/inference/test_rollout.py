@@ -13,7 +13,15 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 
 from inference.errors import UserError
-from inference.rollout import Collector, evaluate, make_envs, record_episode, wrap
+from inference.rollout import (
+    Collector,
+    Episode,
+    evaluate,
+    make_envs,
+    record_episode,
+    return_figures,
+    wrap,
+)
 
 
 class Count(gymnasium.Env[Any, Any]):
@@ -165,6 +173,21 @@ def test_evaluation_counts_as_many_episodes_of_each_and_draws_from_its_own_seed(
         assert float(steps.reward.sum()) == pytest.approx(one.value)
         assert torch.equal(steps.obs[1:], steps.next_obs[:-1])
         assert torch.equal(steps.next_obs[-1], one.last_obs)
+
+
+def test_return_figures_by_hand() -> None:
+    noisy, still = (
+        [Episode(0, value, 1, torch.zeros(1)) for value in values]
+        for values in ((1.0, 3.0), (7.0, 7.0, 10.0))
+    )
+    assert return_figures(noisy, still) == pytest.approx(
+        {
+            "eval_return": 2.0,
+            "eval_return_std": 1.0,
+            "eval_return_no_noise": 8.0,
+            "eval_return_no_noise_std": 2**0.5,
+        }
+    )
 
 
 @pytest.mark.parametrize(

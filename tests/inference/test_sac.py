@@ -24,6 +24,7 @@ from inference.sac_presets import Config, build_policy, check
 from models.actors import Encoded, GaussianActor, ImplicitActor, log_tanh_slope
 from models.critics import TwinCritic
 from pyro_ardae.score import ARDAE, ScoreEstimator
+from tests.inference.conftest import assert_equal
 
 SMALL = {"hidden_dims": (16,), "noise_hidden_dims": (16,), "noise_dim": 3, "batch_size": 8}
 
@@ -200,17 +201,20 @@ def test_log_pi_and_gradient_of_a_mixture_by_hand() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize(("reward", "difference"), [(0.2, 0.2), (3.0, 0.5)])
+@pytest.mark.parametrize(
+    ("alpha", "reward", "difference"),
+    [(1.0, 0.2, 0.2), (1.0, 3.0, 0.5), (0.5, 0.2, 0.2), (0.5, 3.0, 0.25)],
+)
 def test_odds_of_the_parts(
-    reward: float, difference: float, standard_errors: Callable[[int], float]
+    alpha: float, reward: float, difference: float, standard_errors: Callable[[int], float]
 ) -> None:
-    """The odds of two parts move by the difference of their costs, in temperatures up to 1/2."""
+    """The odds of two parts move by the difference of their costs, half a temperature at most."""
 
     class Step:  # worth something where the action is positive
         def __call__(self, obs: Tensor, action: Tensor) -> Tensor:
             return reward * (action > 0).to(action).sum(-1).unsqueeze(0)
 
-    config = Config(agent="sac-ardae", auto_alpha=False, alpha=1.0, part_bits=1, **SMALL)  # type: ignore[arg-type]
+    config = Config(agent="sac-ardae", auto_alpha=False, alpha=alpha, part_bits=1, **SMALL)  # type: ignore[arg-type]
     policy = build_policy(config, 1, 1)
     agent = Agent(policy, Step(), config)
     actor = policy.actor
@@ -329,6 +333,10 @@ def test_entropy_mean_is_subtracted() -> None:
     mean = results[False]["log_pi"]
     assert torch.allclose(agent.entropy_mean, mean)
     assert not torch.allclose(results[True]["critic_loss"], results[False]["critic_loss"])
+    agent.updates = 1  # from the second one on, it moves by a hundredth of the way
+    agent.entropy_mean.fill_(7.0)
+    agent.update_critic(one)
+    assert torch.allclose(agent.entropy_mean, 0.99 * 7.0 + 0.01 * mean)
 
 
 def test_temperature_moves_towards_the_target_entropy() -> None:
@@ -376,6 +384,44 @@ def test_draws_beyond_the_bounds_are_penalized() -> None:
 
 
 @pytest.mark.usefixtures("float64")
+def test_the_penalty_weighs_as_much_as_the_values_pull() -> None:
+    """By the running mean of the magnitude of their gradient by z; 1 at least."""
+    config = Config(agent="sac-ardae", auto_alpha=False, bound=0.1)
+    agent, actor = linear_agent(config)
+    agent.policy.GAUGE = 0.0
+    actor.fixed = torch.randn(1, 6, 2).clamp(-1, 1)
+    obs, before = torch.randn(6, 3), copy.deepcopy(actor.state_dict())
+    z = agent.policy.sample(obs)[0].requires_grad_()
+    steps = []
+    for force, weight in ((0.0, 1.0), (5.0, 5.0)):
+        actor.load_state_dict(before)
+        agent.actor_optimizer = torch.optim.SGD(actor.parameters(), 1.0)
+        agent.force.fill_(force)
+        metrics = agent.update_actor(obs, agent.policy.fit(obs))
+        of_penalty = 2 * z.sign() * (z.abs() - 0.1).clamp_min(0) / 6
+        steps.append(before["loc"] - actor.loc - weight * obs.mT @ of_penalty)
+        (pull,) = torch.autograd.grad(agent.critic(obs, z.tanh()).amin(0).sum(), z)
+        assert torch.allclose(agent.force, 0.98 * force + 0.02 * pull.abs().mean())
+        assert torch.equal(metrics["max_z"], z.detach().abs().max())
+    assert torch.allclose(*steps, rtol=0, atol=1e-10)  # what else moves it is the same
+
+
+@pytest.mark.parametrize("name", ["sac", "sac-nf", "sac-ardae"])
+def test_step_sizes(name: Any) -> None:
+    """Adam's first step moves a weight by the step size, whatever the gradient."""
+    config = Config(agent=name, learning_rate=1e-3, actor_learning_rate=1e-4, **SMALL)  # type: ignore[arg-type]
+    agent = Agent(build_policy(config, 3, 2), TwinCritic(3, 2, hidden_dims=(8,)), config)
+    before = copy.deepcopy((agent.policy.actor, agent.critic))
+    agent.update(batch(8))
+    for old, new, size in zip(
+        before, (agent.policy.actor, agent.critic), (1e-4, 1e-3), strict=True
+    ):
+        pairs = zip(old.parameters(), new.parameters(), strict=True)
+        moved = max(float((one - other).detach().abs().max()) for one, other in pairs)
+        assert moved == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.usefixtures("float64")
 def test_penalty_on_the_moments_of_y() -> None:
     """Its gradient is, in expectation, that of (v - 1 - log v) / 2 per coordinate, times GAUGE."""
     agent, actor = linear_agent(Config(agent="sac-ardae", auto_alpha=False, bound=1e9))
@@ -394,7 +440,13 @@ def test_penalty_on_the_moments_of_y() -> None:
 @pytest.mark.parametrize("name", ["sac", "sac-nf", "sac-ardae"])
 @pytest.mark.parametrize("auto_alpha", [True, False])
 def test_state_resumes_bit_for_bit(name: Any, auto_alpha: bool) -> None:
-    config = Config(agent=name, auto_alpha=auto_alpha, policy_delay=3, **SMALL)  # type: ignore[arg-type]
+    config = Config(
+        agent=name,
+        auto_alpha=auto_alpha,
+        policy_delay=3,
+        subtract_entropy_mean=True,
+        **SMALL,  # type: ignore[arg-type]
+    )
 
     def build() -> Agent:
         critic = TwinCritic(3, 2, hidden_dims=(8,))
@@ -412,8 +464,8 @@ def test_state_resumes_bit_for_bit(name: Any, auto_alpha: bool) -> None:
         for more in batches[4:]:
             metrics = agent.update(more)
         results.append((metrics, agent.act(torch.ones(2, 3))))
-    assert torch.equal(results[0][1], results[1][1])
-    assert all(torch.equal(value, results[1][0][key]) for key, value in results[0][0].items())
+    assert_equal(*results)
+    assert_equal(one.state_dict(), other.state_dict())
     assert (abs(one.alpha - config.alpha) > 1e-6) == auto_alpha
 
 

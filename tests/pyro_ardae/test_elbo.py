@@ -491,7 +491,7 @@ def test_distributions_kept_by_a_guide_lose_their_score(float64: None) -> None:
 
 
 def test_diagnostics_of_known_draws(float64: None) -> None:
-    """Draws at m + (±1, ±2), m = (1, 2), and the score (3, 4) - (z - m)."""
+    """Draws at m + (±1, ±2), m = (1, 2), and the score (0.6, 0.8) - (z - m)."""
     draws = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [2.0, 4.0]])
     mean = draws.mean(0)
 
@@ -502,7 +502,7 @@ def test_diagnostics_of_known_draws(float64: None) -> None:
         pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
     elbo = TraceImplicit_ELBO(
-        lambda d, c: Oracle(d, c, lambda z, _: torch.tensor([3.0, 4.0]) - (z - mean)),
+        lambda d, c: Oracle(d, c, lambda z, _: torch.tensor([0.6, 0.8]) - (z - mean)),
         num_score_samples=4,
         num_particles=4,
         vectorize_particles=True,
@@ -510,13 +510,13 @@ def test_diagnostics_of_known_draws(float64: None) -> None:
     )
     with torch.no_grad():
         elbo.loss(model, guide)
-    # With c = z - m the identity is (|c|^2 - 3 c1 - 4 c2) / 2 = (5 - 3 c1 - 4 c2) / 2: 8, 5, 0, -3.
-    # Sums of squared deviations: 4 and 16 of the draws' coordinates, 73 of the identity.
+    # With c = z - m the identity is (|c|^2 - 0.6 c1 - 0.8 c2) / 2, that is 3.6, 3.0, 2.0, 1.4. Sums
+    # of squared deviations: 2.92 of it, 4 and 16 of the draws' coordinates.
     assert elbo.diagnostics()["z"] == pytest.approx(
         {
             "stein": 2.5,
-            "stein_error": (73 / 3) ** 0.5 / 2,
-            "mean_score": 5.0,
+            "stein_error": (2.92 / 3) ** 0.5 / 2,
+            "mean_score": 1.0,
             "std": ((4 / 3) ** 0.5 + (16 / 3) ** 0.5) / 2,
         }
     )

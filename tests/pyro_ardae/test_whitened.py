@@ -394,18 +394,16 @@ def test_step_size_falls_with_the_root_of_the_age(
 
 def test_a_gradient_is_bounded_by_a_multiple_of_the_running_mean(float64: None) -> None:
     estimator = ARDAE(1, hidden_dim=4, depth=1, clip=4.0).double()
-    mean = 5.0  # that of the first
-    for step, (norm, bounded) in enumerate(
-        # As it is; bounded by 4 times the mean, which follows what is left; the third says nothing.
-        ((5.0, 5.0), (100.0, 4 * 5.0), (float("nan"), 0.0), (2.0, 2.0))
-    ):
-        estimator.steps = step
-        direction = torch.zeros_like(estimator.weights)
-        direction[:2] = torch.tensor([0.6, -0.8])
-        clipped = estimator._clipped(norm * direction)
-        torch.testing.assert_close(clipped, bounded * direction)
-        mean += 0.02 * ((1.0 if norm != norm else bounded) - mean)
+    direction = torch.zeros_like(estimator.weights)
+    direction[:2] = torch.tensor([0.6, -0.8])
+    mean = 5.0  # that of the first, then it follows what is left of the others
+    for norm, bounded in ((5.0, 5.0), (100.0, 4 * 5.0), (2.0, 2.0), (100.0, 4 * 5.234)):
+        torch.testing.assert_close(estimator._clipped(norm * direction), bounded * direction)
+        mean += 0.02 * (bounded - mean)
         assert float(estimator.gradient_norm) == pytest.approx(mean)
+        estimator.steps += 1
+    assert not bool(estimator._clipped(float("nan") * direction).any())
+    assert bool(estimator.gradient_norm.isfinite())
 
 
 @every_estimator
@@ -495,3 +493,17 @@ def test_error(make: type[WhitenedEstimator], row: str) -> None:
     call, words = ERRORS[row]
     with pytest.raises(ValueError, match=f"(?s){make.__name__}: expected .*{words}"):
         call(make)
+
+
+def test_a_gradient_that_is_not_finite_has_no_part_in_the_running_mean() -> None:
+    estimator = ARDAE(2, hidden_dim=8, depth=1)
+    bad = torch.full((3,), torch.nan)
+    assert torch.equal(estimator._clipped(bad), torch.zeros(3))
+    assert float(estimator.gradient_norm) == 0
+    assert torch.equal(
+        estimator._clipped(torch.tensor([0.0, 3e-6, 4e-6])).norm(), torch.tensor(5e-6)
+    )
+    before = float(estimator.gradient_norm)
+    assert before == pytest.approx(5e-6)
+    assert torch.equal(estimator._clipped(bad), torch.zeros(3))
+    assert float(estimator.gradient_norm) == pytest.approx(before)
