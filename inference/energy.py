@@ -227,13 +227,13 @@ def run(config: Config) -> Path:
             training = Training(config, guide)
             try:
                 train(training, folder, clock)
+                row, counts = evaluate(training, log_z)
             except ValueError as error:
                 raise UserError(
                     f"{guide}, seed {seed}: the run failed: {error} Lower its step size"
                 ) from error
             folder.close()
             folder.save("latest", {"posterior": training.average.module.state_dict()})
-            row, counts = evaluate(training, log_z)
             row = {"energy": config.energy, "guide": guide, "seed": seed, **row}
             folder.write_json("results.json", row)
             rows.append(row)
