@@ -35,7 +35,7 @@ from tqdm import tqdm
 from inference import grid, plots
 from inference.energy_presets import PRESETS, Config, Guide, check
 from inference.energy_report import draw, table
-from inference.errors import UserError, user_errors
+from inference.errors import UserError, failed, user_errors
 from inference.optim import TorchOptim
 from inference.run import RunFolder, use_threads, write_csv
 from inference.schedules import annealed, cosine_decay
@@ -229,9 +229,7 @@ def run(config: Config) -> Path:
                 train(training, folder, clock)
                 row, counts = evaluate(training, log_z)
             except ValueError as error:
-                raise UserError(
-                    f"{guide}, seed {seed}: the run failed: {error} Lower its step size"
-                ) from error
+                raise failed(f"{guide}, seed {seed}", error, "Lower its step size") from error
             folder.close()
             folder.save("latest", {"posterior": training.average.module.state_dict()})
             row = {"energy": config.energy, "guide": guide, "seed": seed, **row}

@@ -17,6 +17,8 @@ __all__ = [
     "check_device",
     "check_options",
     "check_unread",
+    "failed",
+    "one_seed",
     "positive",
     "some_seeds",
     "user_errors",
@@ -59,11 +61,24 @@ def positive(options: Any, *names: str) -> list[tuple[bool, str, str]]:
     ]
 
 
+def one_seed(options: Any) -> list[tuple[bool, str, str]]:
+    """A condition for :func:`check_options`: ``seed`` is one that every generator takes."""
+    return [(_is_seed(options.seed), "seed", "a number in [0, 2^32)")]
+
+
 def some_seeds(options: Any) -> list[tuple[bool, str, str]]:
-    """A condition for :func:`check_options`: ``seeds`` are some, that every generator takes."""
-    seeds = options.seeds
-    holds = bool(seeds) and all(0 <= seed < 2**32 for seed in seeds)
+    """The same of ``seeds``, of which there are some."""
+    holds = bool(options.seeds) and all(map(_is_seed, options.seeds))
     return [(holds, "seeds", "one at least, each in [0, 2^32)")]
+
+
+def _is_seed(number: int) -> bool:
+    return 0 <= number < 2**32
+
+
+def failed(run: str, error: ValueError, advice: str) -> UserError:
+    """What a run ends in that has diverged."""
+    return UserError(f"{run}: the run failed: {str(error).rstrip('.')}. {advice}")
 
 
 def check_unread(options: Any, defaults: Any, names: Iterable[str], *, reader: str) -> None:

@@ -49,7 +49,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inference import distances, posterior_plots
-from inference.errors import UserError, check_options, positive, some_seeds, user_errors
+from inference.errors import (
+    UserError,
+    check_options,
+    failed,
+    positive,
+    some_seeds,
+    user_errors,
+)
 from inference.plots import save
 from inference.posterior_table import COLUMNS, FLOOR, MOMENTS, Key, Row, read, table, write
 from inference.posterior_training import Config, Training
@@ -192,7 +199,7 @@ def _user_errors(label: str) -> Iterator[None]:
             'pip install "pyro-ardae[flows]"'
         ) from None
     except ValueError as error:
-        raise UserError(f"{label}: the run failed: {error}. Try a lower --learning-rate") from error
+        raise failed(label, error, "Try a lower --learning-rate") from error
 
 
 def _save_draws(path: Path, draws: Tensor) -> None:

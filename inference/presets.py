@@ -9,7 +9,14 @@ import dataclasses
 from typing import Any
 
 from inference.build import build_data, build_loss, build_score_estimator, build_vae
-from inference.errors import UserError, check_device, check_options, check_unread, positive
+from inference.errors import (
+    UserError,
+    check_device,
+    check_options,
+    check_unread,
+    one_seed,
+    positive,
+)
 from inference.options import MAY_DIFFER, SCORED, Config
 
 __all__ = [
@@ -254,7 +261,7 @@ def _in_range(config: Config) -> list[tuple[bool, str, str]]:
     )
     conditions += [(0 <= getattr(config, name) < 1, name, "a number in [0, 1)") for name in unit]
     conditions += [(getattr(config, name) >= 0, name, "0 at least") for name in not_negative]
-    conditions.append((0 <= config.seed < 2**32, "seed", "a number in [0, 2^32)"))
+    conditions += one_seed(config)
     for name in ("valid_samples", "test_samples"):
         of_prior = round(config.prior_weight * getattr(config, name))
         enough = config.prior_weight == 0 or 0 < of_prior < getattr(config, name)

@@ -78,7 +78,6 @@ class RunFolder:
         """Makes a new run folder.
 
         :param bool resumable: whether its program has a ``--resume``, as advice.
-
         :raises UserError: if it cannot be written, or holds a run already.
         """
         folder = cls(path, columns)

@@ -13,7 +13,14 @@ from typing import Literal, TypedDict, get_args
 import torch
 import tyro
 
-from inference.errors import UserError, check_device, check_options, check_unread, positive
+from inference.errors import (
+    UserError,
+    check_device,
+    check_options,
+    check_unread,
+    one_seed,
+    positive,
+)
 from inference.precision import training_dtype
 from inference.sac_policy import ExplicitPolicy, ImplicitPolicy, Policy
 from models.actors import FlowActor, GaussianActor, ImplicitActor
@@ -232,7 +239,7 @@ def check(config: Config) -> None:
     :raises UserError: naming the first of them.
     """
     conditions = (
-        (0 <= config.seed < 2**32, "seed", "a number in [0, 2^32)"),
+        *one_seed(config),
         *positive(
             config,
             *("steps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "threads"),

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution, Unit
+from pyro.distributions import Delta, Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent
 
+from pyro_ardae.implicit import unwrapped
 from pyro_ardae.traces import guide_draws, refuse_subsampling, run_many, unscaled_log_prob
 from pyro_ardae.unconstrained import UnconstrainedModel
 
@@ -125,10 +125,8 @@ class _Unobserved(Messenger):
 
 def _is_derived(site: Any) -> bool:
     """Whether its value follows from other sites: deterministic, or reparameterized."""
-    fn = site["fn"]
-    while isinstance(fn, (Independent, MaskedDistribution, ExpandedDistribution)):
-        fn = fn.base_dist
-    return site["infer"].get("_deterministic") or (site["is_observed"] and isinstance(fn, Delta))
+    fixed = site["is_observed"] and isinstance(unwrapped(site["fn"]), Delta)
+    return fixed or site["infer"].get("_deterministic", False)
 
 
 def _arrays(

@@ -27,7 +27,7 @@ from torch.distributions import (
     constraints,
 )
 
-__all__ = ["Implicit", "base_of", "find_implicit", "is_reparameterized"]
+__all__ = ["Implicit", "base_of", "find_implicit", "is_reparameterized", "unwrapped"]
 
 Sampler = Callable[..., Tensor]
 ScoreFunction = Callable[["Implicit", Tensor], Tensor]
@@ -254,9 +254,15 @@ _WRAPPERS = (Independent, MaskedDistribution, ExpandedDistribution, TransformedD
 
 def is_reparameterized(fn: Any) -> bool:
     """Whether the gradient along a draw is the whole one. That of rejection sampling is not."""
+    fn = unwrapped(fn)
+    return fn.has_rsample and not isinstance(fn, Rejector)
+
+
+def unwrapped(fn: Any) -> Any:
+    """The distribution under ``Independent``, masks, expansions and transforms."""
     while isinstance(fn, _WRAPPERS):
         fn = fn.base_dist
-    return fn.has_rsample and not isinstance(fn, Rejector)
+    return fn
 
 
 def base_of(noise: Distribution) -> Distribution:
