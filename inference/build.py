@@ -17,13 +17,14 @@ from inference.avb import AdversarialScore
 from inference.data import BinarizedMNIST, Dataset, ToyData, load_binarized_mnist
 from inference.dynamic_mnist import DynamicMNIST, load_images
 from inference.errors import UserError
+from inference.missing import MissingPixels
 from inference.options import SCORED, Config
 from models.auxiliary_vae import AuxiliaryVAE
 from models.convolutions import ConvNetwork, ConvTrunk, ResConvNetwork, ResConvTrunk
 from models.flows import FlowGuide
 from models.guides import DeviatingGuide, FullCovarianceGuide, GaussianGuide, ImplicitGuide
 from models.hierarchical_guide import HierarchicalGuide, ReverseGuide
-from models.mnist import NUM_PIXELS, BernoulliDecoder
+from models.mnist import NUM_PIXELS, BernoulliDecoder, SeenPixels
 from models.networks import ACTIVATIONS, MLP, ConditionalMLP
 from models.semi_implicit import SemiImplicitGuide
 from models.toy import NormalDecoder
@@ -117,9 +118,19 @@ def _build_mnist(config: Config, mean: Tensor | None) -> _Parts:
             activation=decoder_activation,
             compute_dtype=compute_dtype,
         )
-        trunk = _mlp_trunk(config, (NUM_PIXELS, feature_dim, feature_dim), mean)
-    decoder = BernoulliDecoder(net, mean=mean)
+        trunk = _pixel_trunk(config, feature_dim, mean)
+    decoder = BernoulliDecoder(net, mean=mean, missing=config.seen_share is not None)
     return _Parts(trunk, decoder, NUM_PIXELS, latent_dim, feature_dim)
+
+
+def _pixel_trunk(config: Config, feature_dim: int, mean: Tensor | None) -> nn.Module:
+    share = config.seen_share
+    if share is None:
+        return _mlp_trunk(config, (NUM_PIXELS, feature_dim, feature_dim), mean)
+    if mean is not None:
+        mean = torch.cat([share * mean, torch.full_like(mean, share)])
+    mlp = _mlp_trunk(config, (2 * NUM_PIXELS, feature_dim, feature_dim), mean)
+    return nn.Sequential(SeenPixels(), mlp)
 
 
 def _mlp_trunk(config: Config, sizes: tuple[int, ...], mean: Tensor | None) -> MLP:
@@ -264,8 +275,13 @@ def build_data(config: Config) -> Dataset:
     if config.data == "25gaussians":
         return ToyData(config.batch_size, config.seed)
     options = {"with_valid": config.train_on_valid, "device": torch.device(config.device)}
+    data: Dataset
     if config.data == "dbmnist":
         images = load_images(config.data_dir, config.images, download=config.download)
-        return DynamicMNIST(images, config.batch_size, config.seed, **options)
-    rows = load_binarized_mnist(config.data_dir)
-    return BinarizedMNIST(rows, config.batch_size, config.seed, **options)
+        data = DynamicMNIST(images, config.batch_size, config.seed, **options)
+    else:
+        rows = load_binarized_mnist(config.data_dir)
+        data = BinarizedMNIST(rows, config.batch_size, config.seed, **options)
+    if config.seen_share is not None:
+        data = MissingPixels(data, config.seen_share, config.seed)
+    return data

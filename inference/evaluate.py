@@ -231,7 +231,7 @@ def restore(run: Path, **changes: Any) -> tuple[Config, VAE]:
     recorded = RunFolder.read_config(run)
     paths = {
         name: Path(recorded[name]) if recorded.get(name) else None
-        for name in ("data_dir", "out", "resume")
+        for name in ("data_dir", "out", "resume", "decoder")
     }
     known = {field.name for field in dataclasses.fields(Config)}
     try:

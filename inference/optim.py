@@ -21,7 +21,7 @@ class TorchOptim(PyroOptim):
     :class:`pyro.optim.Adam` builds one optimizer for each parameter. Of an 8 ms step that costs
     1 ms, and the norm of the whole gradient cannot be clipped.
 
-    :param nn.Module module: its parameters are those that SVI trains, all of them.
+    :param nn.Module module: its parameters are those that SVI trains, all that require a gradient.
     :param torch.optim.Optimizer optimizer: an optimizer of these parameters.
     :param float clip_norm: largest norm of the gradient; ``None`` does not clip.
     """
@@ -30,7 +30,7 @@ class TorchOptim(PyroOptim):
         self, module: nn.Module, optimizer: torch.optim.Optimizer, *, clip_norm: float | None = None
     ) -> None:
         # PyroOptim.__init__ sets up the optimizers by parameter that this class replaces.
-        self.parameters = list(module.parameters())
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self._checked = False

@@ -72,6 +72,12 @@ class Config:
     """Dynamically binarized: which images."""
     download: bool = False
     """Dynamically binarized: whether to download images that are not there."""
+    seen_share: float | None = None
+    """MLP, not auxiliary: share of the pixels that are seen, in (0, 1); all by default. The others
+    are missing at random, afresh in each minibatch; log p(x) is that of the pixels that are
+    seen."""
+    decoder: Path | None = None
+    """MNIST: run folder whose decoder is taken and held fixed, so that the guide alone learns."""
     train_on_valid: bool = False
     """MNIST: train on training and validation images for a fixed number of steps, and evaluate the
     last weights: nothing is selected on validation images then."""

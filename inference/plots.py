@@ -78,10 +78,11 @@ def heat_map(
 
 
 def images(axes: Axes, pixels: Tensor, *, title: str, columns: int = 10) -> Axes:
-    """Draws images ``[n, 784]`` in ``[0, 1]`` as a mosaic, row by row."""
+    """Draws images ``[n, 784]`` in ``[0, 1]`` as a mosaic, row by row; missing pixels are blue."""
     rows = len(pixels) // columns
     mosaic = pixels[: rows * columns].reshape(rows, columns, 28, 28).permute(0, 2, 1, 3)
     mosaic = mosaic.reshape(rows * 28, columns * 28)
+    axes.set_facecolor("lightsteelblue")  # what shows through where a pixel is NaN
     axes.imshow(mosaic.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set(title=title, xticks=[], yticks=[])
     return axes

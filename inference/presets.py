@@ -260,6 +260,8 @@ def _in_range(config: Config) -> list[tuple[bool, str, str]]:
         *("budget_seconds", "threads", "decoder_learning_rate", "clip_norm"),
     )
     conditions += [(0 <= getattr(config, name) < 1, name, "a number in [0, 1)") for name in unit]
+    share = config.seen_share
+    conditions.append((share is None or 0 < share < 1, "seen_share", "a number in (0, 1)"))
     conditions += [(getattr(config, name) >= 0, name, "0 at least") for name in not_negative]
     conditions += one_seed(config)
     for name in ("valid_samples", "test_samples"):
@@ -296,7 +298,10 @@ def check(config: Config) -> None:
     toy, residual = config.data == "25gaussians", config.architecture == "resconv"
     unread = {name for name, guides in _READ_BY.items() if config.guide not in guides}
     unread |= {"images", "download"} if config.data != "dbmnist" else set()
-    unread |= {"train_on_valid"} if toy else {"decoder_input_scale"}
+    unread |= {"train_on_valid", "decoder"} if toy else {"decoder_input_scale"}
+    whole = config.architecture in ("conv", "resconv") or config.guide == "auxiliary"
+    unread |= {"seen_share"} if toy or whole else set()
+    unread |= {"decoder_learning_rate"} if config.decoder is not None else set()
     unread |= {"activation", "decoder_activation"} if residual else set()
     if config.guide in SCORED and config.base == "none":
         unread |= {"gain", "deviation_decay"}

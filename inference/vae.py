@@ -10,6 +10,7 @@ Examples::
     python -m inference.vae sbmnist-mlp-gaussian --resume runs/sbmnist-mlp-gaussian-seed0
     python -m inference.vae dbmnist-resconv-implicit --schedule paper --device cuda
     python -m inference.vae sbmnist-conv-flow --steps 12000 --train-on-valid
+    python -m inference.vae sbmnist-mlp-2d-implicit --decoder RUN --seen-share 0.05
 
 Columns of metrics.csv, one row for each validation:
 
@@ -44,7 +45,7 @@ from tqdm import tqdm
 from inference import plots
 from inference.data import Dataset
 from inference.errors import UserError, user_errors
-from inference.evaluate import describe, evaluate, final_evaluation
+from inference.evaluate import describe, evaluate, final_evaluation, restore
 from inference.optim import TorchOptim
 from inference.options import ESTIMATE
 from inference.precision import process_precision
@@ -91,6 +92,8 @@ class Training:
         self.config = config
         self.data = data
         self.vae = build_vae(config, data.mean, name=name)
+        if config.decoder is not None:
+            self.vae.decoder.requires_grad_(False).eval()  # else Pyro warns of it
         self.loss: ELBO = build_loss(config)
         self.optim = TorchOptim(self.vae, self._adam(), clip_norm=config.clip_norm)
         self.rates = [group["lr"] for group in self.optim.optimizer.param_groups]
@@ -286,6 +289,23 @@ def train(training: Training, folder: RunFolder) -> None:
                 folder.save("latest", training.state())
 
 
+def take_decoder(training: Training, run: Path) -> None:
+    """Starts with the decoder of another run.
+
+    :raises UserError: if that is no run, or one with another decoder.
+    """
+    config = training.config
+    recorded, trained = restore(run, data_dir=config.data_dir, device=config.device)
+    activations = [one.decoder_activation or one.activation for one in (recorded, config)]
+    if recorded.task != config.task or activations[0] != activations[1]:
+        raise UserError(
+            f"--decoder: expected a run of {config.task} with {activations[1]}, found one of "
+            f"{recorded.task} with {activations[0]}"
+        )
+    for vae in (training.vae, training.average.module):
+        vae.decoder.load_state_dict(trained.decoder.state_dict())
+
+
 def run(config: Config) -> Path:
     """Trains, evaluates, draws; returns the run folder."""
     check(config)
@@ -295,6 +315,8 @@ def run(config: Config) -> Path:
     pyro.set_rng_seed(config.seed)
     training = Training(config, data)
     if config.resume is None:
+        if config.decoder is not None:
+            take_decoder(training, config.decoder)
         path = config.out or Path("runs") / f"{config.preset}-seed{config.seed}"
         folder = RunFolder.create(path, options, COLUMNS)
     else:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The Bernoulli decoder of the benchmarks on binarized MNIST."""
+"""The Bernoulli decoder of the benchmarks on binarized MNIST, and images that are seen in part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["LATENT_DIM", "NUM_PIXELS", "BernoulliDecoder", "LogitBernoulli"]
+__all__ = [
+    "LATENT_DIM",
+    "NUM_PIXELS",
+    "BernoulliDecoder",
+    "LogitBernoulli",
+    "SeenBernoulli",
+    "SeenPixels",
+]
 
 #: Pixels of an image, 28 by 28.
 NUM_PIXELS = 784
@@ -49,6 +56,23 @@ class LogitBernoulli(dist.Bernoulli):
         return _LogProb.apply(logits, value)
 
 
+class SeenBernoulli(LogitBernoulli):
+    """The same for values that may be missing: NaN counts for nothing, in value and gradient."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        seen = ~value.isnan()
+        return super().log_prob(value.nan_to_num()) * seen
+
+
+class SeenPixels(nn.Module):
+    """What a network is told of images with missing pixels: ``[*, X]`` to ``[*, 2 X]``, the pixels,
+    0 where they are missing (NaN), and which are seen.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.nan_to_num(), (~x.isnan()).to(x.dtype)], -1)
+
+
 class BernoulliDecoder(nn.Module):
     """Maps a latent to independent Bernoulli pixels.
 
@@ -57,11 +81,15 @@ class BernoulliDecoder(nn.Module):
         :class:`~models.convolutions.ConvNetwork`.
     :param Tensor mean: mean of the training data, ``[784]``, as which the output starts: its bias
         becomes their log-odds. Zero log-odds by default.
+    :param bool missing: whether pixels may be missing (NaN), see :class:`SeenBernoulli`.
     """
 
-    def __init__(self, net: nn.Module, *, mean: Tensor | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, *, mean: Tensor | None = None, missing: bool = False
+    ) -> None:
         super().__init__()
         self.net = net
+        self.pixels = SeenBernoulli if missing else LogitBernoulli
         if mean is not None:
             with torch.no_grad():  # some pixels are black in every image
                 net.output_bias.copy_(mean.clamp(0.002, 0.998).logit())
@@ -69,4 +97,4 @@ class BernoulliDecoder(nn.Module):
     def forward(self, latent: Tensor) -> dist.TorchDistribution:
         logits = self.net(latent)
         # Validation would compare each of the 784 pixels to 0 and 1 at every step.
-        return LogitBernoulli(logits=logits, validate_args=False).to_event(1)
+        return self.pixels(logits=logits, validate_args=False).to_event(1)

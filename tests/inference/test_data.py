@@ -22,6 +22,7 @@ from inference.data import (
     unpack,
 )
 from inference.errors import UserError
+from inference.missing import MissingPixels
 
 
 def write_amat(path: Path, pixels: np.ndarray) -> None:
@@ -143,6 +144,27 @@ def test_subsets_are_random_and_seeded(sample_dir: Path) -> None:
     assert (whole.shape, part.shape) == ((256, 784), (20, 784))
     assert torch.equal(part, data.subset("test", 20, seed=1))
     assert not torch.equal(part, whole[:20])
+
+
+def test_missing_pixels_are_a_function_of_seed_and_step(sample_dir: Path) -> None:
+    whole = BinarizedMNIST(load_binarized_mnist(sample_dir), 32, seed=3)
+    data, again = (MissingPixels(whole, 0.3, seed=3) for _ in range(2))
+    for x, full in (
+        (data.minibatch(5), whole.minibatch(5)),
+        (data.subset("test", 40, 1), whole.subset("test", 40, 1)),
+    ):
+        seen = ~x.isnan()
+        assert torch.equal(x[seen], full[seen])
+        # Five standard deviations of the share of pixels seen.
+        assert abs(seen.float().mean() - 0.3) < 5 * (0.21 / seen.numel()) ** 0.5
+    masks = [data.minibatch(step).isnan() for step in (5, 6)]
+    masks.append(MissingPixels(whole, 0.3, seed=4).minibatch(5).isnan())
+    masks += [
+        data.subset(split, 32, seed).isnan() for split in ("valid", "test") for seed in (1, 2)
+    ]
+    assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+    assert torch.equal(masks[0], again.minibatch(5).isnan())
+    assert torch.equal(masks[-1], again.subset("test", 32, 2).isnan())
 
 
 def test_the_real_data(mnist_dir: Path) -> None:

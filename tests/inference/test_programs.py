@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +229,29 @@ def test_a_prolonged_run_is_evaluated_as_it_was_prolonged(
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["run.png"]
 
 
+def test_a_guide_for_missing_pixels_under_the_decoder_of_another_run(
+    program: Program, sample_dir: Path, tmp_path: Path
+) -> None:
+    def weights(run: Path) -> dict[str, torch.Tensor]:
+        state = torch.load(run / "checkpoints" / "best.pt", weights_only=True)["vae"]
+        return {name: value for name, value in state.items() if name.startswith("decoder.")}
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = (*TINY, "--data-dir", sample_dir)
+    program("vae", "sbmnist-mlp-2d-gaussian", *options, "--steps", 3, "--out", whole)
+    options += ("--decoder", whole, "--seen-share", 0.2)
+    program("vae", "sbmnist-mlp-2d-implicit", *options, "--steps", 2, "--out", run)
+    held = weights(whole)
+    shutil.rmtree(whole / "checkpoints")  # a run that goes on has the decoder itself
+    program("vae", "sbmnist-mlp-2d-implicit", *options, "--steps", 4, "--resume", run)
+    assert_equal(weights(run), held)
+    program("vae_plots", run, "--out", tmp_path, "--images", 2, "--draws", 1000)
+    with (tmp_path / "posteriors.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    assert all(math.isfinite(float(row["log_px"])) for row in rows)
+
+
 def test_benchmarks_of_vaes_do_without_gymnasium() -> None:
     code = "import sys; sys.modules['gymnasium'] = None; import inference.bench"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -267,6 +292,13 @@ def test_errors_end_in_one_line(
         (("vae", "25gaussians-implicit", "--decay-start", 5), "--decay-start: 25gaussians-impl"),
         ((*toy, "--resume", run, "--out", run), "--out: a resumed run stays in its folder"),
         (("vae", "25gaussians-implicit", "--gain", 0.5), "--gain: 25gaussians-implicit does not"),
+        ((*toy, "--decoder", run), "--decoder: 25gaussians-gaussian does not read it"),
+        (
+            (*mnist, "--data-dir", sample_dir, "--decoder", run),
+            "--decoder: expected a run of sbmnist-mlp with elu, found one of 25gaussians with tanh",
+        ),
+        ((*mnist, "--seen-share", 1), "--seen-share: expected a number in (0, 1)"),
+        (("vae", "sbmnist-mlp-auxiliary", "--seen-share", 0.5), "--seen-share: sbmnist-mlp-aux"),
         (("evaluate", run, "--test-points", 0), "--test-points: expected a positive number"),
         (("evaluate", run, "--points", 5), "--points: an evaluation without --ais does not read"),
         (("evaluate", run, "--ais", "--seed", 3), "--seed: --ais does not read it"),

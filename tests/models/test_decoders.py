@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models import toy
-from models.mnist import BernoulliDecoder, LogitBernoulli
+from models.mnist import BernoulliDecoder, LogitBernoulli, SeenBernoulli, SeenPixels
 from models.networks import ELU, MLP
 
 
@@ -42,6 +42,24 @@ def test_logit_bernoulli_equals_torch() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(ours, logits, weight), torch.autograd.grad(theirs, logits, weight)
     )
+
+
+def test_missing_pixels_count_for_nothing() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 784, dtype=torch.double, requires_grad=True)
+    value = torch.bernoulli(torch.full((3, 2, 784), 0.5, dtype=torch.double))
+    seen = torch.rand(3, 2, 784) < 0.3
+    partial = value.masked_fill(~seen, torch.nan)
+    ours = SeenBernoulli(logits=logits, validate_args=False).to_event(1).log_prob(partial)
+    theirs = (dist.Bernoulli(logits=logits).log_prob(value) * seen).sum(-1)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, logits, weight), torch.autograd.grad(theirs, logits, weight)
+    )
+    pixels, told = SeenPixels()(partial).chunk(2, -1)
+    assert torch.equal(pixels, value * seen)
+    assert torch.equal(told, seen.double())
 
 
 def test_elu_equals_torch() -> None:
