@@ -19,7 +19,7 @@ from inference.data import Dataset
 from inference.errors import UserError
 from inference.precision import process_precision
 from inference.presets import PRESETS, Config
-from inference.vae import Training
+from inference.vae_training import Training
 from pyro_ardae import TraceImplicit_ELBO
 
 __all__ = ["Clock", "bench_rows", "describe_rows", "step_times"]

@@ -22,7 +22,7 @@ import torch
 
 from inference.precision import full_precision
 from inference.presets import PRESETS
-from inference.vae import Training
+from inference.vae_training import Training
 from tests.inference.conftest import ROOT, TINY, Program, assert_equal
 
 

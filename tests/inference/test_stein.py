@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from inference.presets import PRESETS, build_data
-from inference.vae import Training
+from inference.vae_training import Training
 from pyro_ardae import TraceImplicit_ELBO
 
 

@@ -18,7 +18,7 @@ from pyro.infer import Trace_ELBO
 from inference.options import EXPLICIT, SCORED, Config
 from inference.presets import PAPER_PRESETS, PRESETS, build_data, build_loss, build_vae, check
 from inference.surrogate import surrogate_loss
-from inference.vae import Training
+from inference.vae_training import Training
 from pyro_ardae import TraceImplicit_ELBO
 from tests.inference.conftest import TINY, Program, assert_equal
 
