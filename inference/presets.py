@@ -105,7 +105,8 @@ _SCORE = {
 #: Name in the description, and the options that differ from the Gaussian guide's.
 _GUIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "gaussian": ("diagonal Gaussian guide", {}),
-    "fullcov": ("full-covariance Gaussian guide", {}),
+    # The norm is 2e4 as a rule. Not clipped, Conv diverged from one spike of it.
+    "fullcov": ("full-covariance Gaussian guide", {"clip_norm": 1e5}),
     "auxiliary": ("guide with an auxiliary latent (HVI)", {}),
     "flow": ("inverse autoregressive flow guide", {}),
     "implicit": ("implicit guide", {**_SCORE, "gain": 0.8}),
