@@ -38,7 +38,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from inference.errors import (
+from inference.agents.agent import Agent
+from inference.agents.policy import ImplicitPolicy
+from inference.agents.presets import IMPLICIT, AgentName, Config, build_policy, check
+from inference.shared.errors import (
     UserError,
     check_options,
     check_unread,
@@ -46,12 +49,11 @@ from inference.errors import (
     some_seeds,
     user_errors,
 )
-from inference.grid import cell_divergence
-from inference.run import keep_freed_memory, make_folder, use_threads, write_csv
-from inference.sac_agent import Agent
-from inference.sac_policy import ImplicitPolicy
-from inference.sac_presets import IMPLICIT, AgentName, Config, build_policy, check
-from inference.schedules import annealed, cosine_decay
+from inference.shared.grid import cell_divergence
+from inference.shared.process import keep_freed_memory, use_threads
+from inference.shared.rows import write_csv
+from inference.shared.run import make_folder
+from inference.shared.schedules import annealed, cosine_decay
 from models.actors import log_tanh_slope
 from models.environments import BANDITS, Bandit
 

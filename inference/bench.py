@@ -17,12 +17,12 @@ steps: the largest resident set, by how much it is above that with all imported,
 what of it is the process's own after a step; the rest is code of libraries, mapped from files.
 
 ``step --rows PRESET ...`` times training steps of rows of the VAE benchmark instead, model and
-score apart, with ``--device cuda`` on a GPU: see :mod:`inference.bench_rows`.
+score apart, with ``--device cuda`` on a GPU: see :mod:`inference.benchmarks.rows`.
 
-``vae`` trains and compares VAE presets: see :mod:`inference.bench_vae`.
+``vae`` trains and compares VAE presets: see :mod:`inference.benchmarks.vae`.
 
-``sac`` times soft actor-critic: see :mod:`inference.bench_sac`. ``learn`` compares what its agents
-learn: see :mod:`inference.bench_learn`.
+``sac`` times soft actor-critic: see :mod:`inference.benchmarks.sac`. ``learn`` compares what its
+agents learn: see :mod:`inference.benchmarks.learn`.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ import torch
 import tyro
 from pyro.infer import SVI
 
-from inference.bench_learn import Learn, bench_learn
-from inference.bench_rows import bench_rows, describe_rows
-from inference.bench_sac import Sac, bench_sac, describe_sac
-from inference.bench_vae import Vae, bench_vae
-from inference.errors import UserError, check_device, check_options, user_errors
-from inference.optim import TorchOptim
-from inference.presets import PRESETS, build_loss, build_score_estimator, build_vae
-from inference.run import keep_freed_memory, use_threads
+from inference.autoencoders.presets import PRESETS, build_loss, build_score_estimator, build_vae
+from inference.benchmarks.learn import Learn, bench_learn
+from inference.benchmarks.rows import bench_rows, describe_rows
+from inference.benchmarks.sac import Sac, bench_sac, describe_sac
+from inference.benchmarks.vae import Vae, bench_vae
+from inference.shared.errors import UserError, check_device, check_options, user_errors
+from inference.shared.optim import TorchOptim
+from inference.shared.process import keep_freed_memory, use_threads
 from pyro_ardae.score.student import Student
 
 __all__ = ["Step", "bench_step", "main"]

@@ -18,12 +18,12 @@ from pathlib import Path
 import pyro
 import tyro
 
-from inference import plots
-from inference.data import ToyData
-from inference.errors import user_errors
-from inference.evaluate import restore
-from inference.presets import PRESETS
-from inference.run import use_threads
+from inference.autoencoders.data import ToyData
+from inference.autoencoders.evaluation import restore
+from inference.autoencoders.presets import PRESETS
+from inference.shared import plots
+from inference.shared.errors import user_errors
+from inference.shared.process import use_threads
 from inference.vae import run
 from models.toy import EXPECTED_LOG_PROB
 

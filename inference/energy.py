@@ -10,7 +10,7 @@ Examples::
     python -m inference.energy u2 --guide flow --budget-seconds 300 --out runs/u2-flow
 
 Each guide trains through SVI for the same time, one after the other, then is compared with the
-density on a grid by millions of its draws, see :mod:`inference.grid`. The folder gets
+density on a grid by millions of its draws, see :mod:`inference.shared.grid`. The folder gets
 ``results.csv`` and ``results.json`` (one row for each guide and seed), ``samples.png`` and
 the RunFolder's ``config.json``, ``command.txt``, ``versions.json``, ``metrics.csv``.
 """
@@ -32,13 +32,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from inference import grid, plots
-from inference.energy_presets import PRESETS, Config, Guide, check
-from inference.energy_report import draw, table
-from inference.errors import UserError, failed, user_errors
-from inference.optim import TorchOptim
-from inference.run import RunFolder, use_threads, write_csv
-from inference.schedules import annealed, cosine_decay
+from inference.energies.presets import PRESETS, Config, Guide, check
+from inference.energies.report import draw, table
+from inference.shared import grid, plots
+from inference.shared.errors import UserError, failed, user_errors
+from inference.shared.optim import TorchOptim
+from inference.shared.process import use_threads
+from inference.shared.rows import write_csv
+from inference.shared.run import RunFolder
+from inference.shared.schedules import annealed, cosine_decay
 from models.energies import ENERGIES, log_normalizer
 from models.networks import ACTIVATIONS
 from models.unconditional import FlowPosterior, GaussianPosterior, ImplicitPosterior

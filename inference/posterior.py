@@ -11,8 +11,8 @@ Examples::
 
 Every guide trains on every posterior for the same time, once for each seed: that of its training
 steps. Then draws of it are compared with draws of the posterior
-(:mod:`inference.reference`: NUTS, or exact ones), in constrained space, in units of the
-posterior's standard deviations (:mod:`inference.distances`).
+(:mod:`inference.posteriors.reference`: NUTS, or exact ones), in constrained space, in units of the
+posterior's standard deviations (:mod:`inference.posteriors.distances`).
 
 The run folder (``--out``) holds ``results.csv``, ``moments.csv``, ``table.md``, ``figures/`` with
 pair plots, ``draws/`` and, shared by runs, ``references/``. Rows that it holds are not made again:
@@ -48,8 +48,12 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from inference import distances, posterior_plots
-from inference.errors import (
+from inference.posteriors import distances
+from inference.posteriors import plots as posterior_plots
+from inference.posteriors.reference import R_HAT_LIMIT, Reference, reference
+from inference.posteriors.table import COLUMNS, FLOOR, MOMENTS, Key, read, table
+from inference.posteriors.training import Config, Training
+from inference.shared.errors import (
     UserError,
     check_options,
     failed,
@@ -57,11 +61,10 @@ from inference.errors import (
     some_seeds,
     user_errors,
 )
-from inference.plots import save
-from inference.posterior_table import COLUMNS, FLOOR, MOMENTS, Key, Row, read, table, write
-from inference.posterior_training import Config, Training
-from inference.reference import R_HAT_LIMIT, Reference, reference
-from inference.run import RunFolder, use_threads
+from inference.shared.plots import save
+from inference.shared.process import use_threads
+from inference.shared.rows import Row, write_rows
+from inference.shared.run import RunFolder
 from models.posterior_guides import GUIDES
 from models.posteriors import POSTERIORS, Posterior
 
@@ -152,14 +155,14 @@ def compare(config: Config) -> Path:
             for at, figures in moments(draws, found, posterior).items():
                 known[(name, guide, seed, at)] = dict(zip(MOMENTS[4:], figures, strict=True))
             rows[key] = row
-            write(path / "moments.csv", known, MOMENTS)
-            write(path / "results.csv", rows, COLUMNS)
+            write_rows(path / "moments.csv", known, MOMENTS)
+            write_rows(path / "results.csv", rows, COLUMNS)
             progress.update(index * config.seconds - progress.n)
             progress.write(
                 f"{label}: sliced Wasserstein {row['sliced_wasserstein']:.3f}, c2st "
                 f"{row['c2st']:.3f} after {training.steps_done} steps"
             )
-    write(path / "results.csv", rows, COLUMNS)
+    write_rows(path / "results.csv", rows, COLUMNS)
     text = table(rows, known, config.seconds, config.clock)
     (path / "table.md").write_text(text)
     print(f"\n{text}")

@@ -10,9 +10,9 @@ Examples::
     python -m inference.sac pendulum-sac --num-envs 4 --record-video
     python -m inference.sac hopper-sac --resume runs/sac/hopper-sac-seed0
 
-The algorithm is :class:`inference.sac_agent.Agent`, its options are in ``inference.sac_presets``.
-The columns of metrics.csv are those of ``COLUMNS``, one row for each evaluation; docs/sac.md has
-their formulas.
+The algorithm is :class:`inference.agents.agent.Agent`, its options are in
+``inference.agents.presets``. The columns of metrics.csv are those of ``COLUMNS``, one row for each
+evaluation; docs/sac.md has their formulas.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inference import sac_plots
-from inference.calibration import q_bias
-from inference.errors import UserError, user_errors
-from inference.replay import Replay
-from inference.rollout import (
+from inference.agents.agent import Agent
+from inference.agents.calibration import q_bias
+from inference.agents.presets import MAY_DIFFER, PRESETS, Config, build_critic, build_policy, check
+from inference.agents.replay import Replay
+from inference.agents.rollout import (
     Collector,
     Episode,
     check_renders,
@@ -41,17 +42,10 @@ from inference.rollout import (
     record_episode,
     return_figures,
 )
-from inference.run import (
-    RunFolder,
-    keep_freed_memory,
-    load_rng_state,
-    read_metrics,
-    rng_state,
-    seed_of,
-    use_threads,
-)
-from inference.sac_agent import Agent
-from inference.sac_presets import MAY_DIFFER, PRESETS, Config, build_critic, build_policy, check
+from inference.shared.errors import UserError, user_errors
+from inference.shared.process import keep_freed_memory, use_threads
+from inference.shared.randomness import load_rng_state, rng_state, seed_of
+from inference.shared.run import RunFolder, read_metrics
 from models.environments import MultiGoal
 
 __all__ = ["COLUMNS", "Training", "main", "run"]

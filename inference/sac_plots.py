@@ -22,13 +22,14 @@ import tyro
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from inference import plots
-from inference.errors import UserError, user_errors
-from inference.replay import Replay
-from inference.rollout import evaluate
-from inference.run import RunFolder, read_metrics, seed_of
-from inference.sac_agent import Agent
-from inference.sac_presets import TASKS, Config
+from inference.agents.agent import Agent
+from inference.agents.presets import TASKS, Config
+from inference.agents.replay import Replay
+from inference.agents.rollout import evaluate
+from inference.shared import plots
+from inference.shared.errors import UserError, user_errors
+from inference.shared.randomness import seed_of
+from inference.shared.run import RunFolder, read_metrics
 from models.environments import MultiGoal
 
 __all__ = [
@@ -52,7 +53,7 @@ def learning_curves(
     """Draws evaluation return against steps: the mean over seeds, and their range.
 
     :param Axes axes: where to draw.
-    :param runs: by label the metrics of each seed, see :func:`inference.run.read_metrics`.
+    :param runs: by label the metrics of each seed, see :func:`inference.shared.run.read_metrics`.
     :param str title: title.
     :param order: labels by which colours are given, for one agent's to be the same in all axes.
     """

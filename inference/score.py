@@ -47,11 +47,13 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from inference import score_plots
-from inference.errors import UserError, check_options, positive, some_seeds, user_errors
-from inference.plots import save
-from inference.run import RunFolder, seed_of, use_threads
-from inference.score_table import COLUMNS, Key, Row, Rows, read, table, write
+from inference.scores import plots as score_plots
+from inference.scores.table import COLUMNS, Key, Row, Rows, read, table, write
+from inference.shared.errors import UserError, check_options, positive, some_seeds, user_errors
+from inference.shared.plots import save
+from inference.shared.process import use_threads
+from inference.shared.randomness import seed_of
+from inference.shared.run import RunFolder
 from models.targets import TARGETS, Target
 from pyro_ardae.score import (
     ARDAE,

@@ -18,8 +18,8 @@ Columns of metrics.csv, one row for each validation:
   without a density it lacks the guide's entropy: it is no bound, and not to be compared across
   guides;
 - ``valid_log_px``, its standard error ``valid_log_px_se``, and with a guide that has one
-  ``valid_elbo``: of the averaged weights, see :func:`inference.evaluate.evaluate`; empty with
-  ``--train-on-valid``;
+  ``valid_elbo``: of the averaged weights, see
+  :func:`inference.autoencoders.evaluation.evaluate`; empty with ``--train-on-valid``;
 - ``aggregate_std``, ``point_std``: standard deviations of the latents, ibidem;
 - ``score_loss``, ``stein``: of the score estimator, see ``TraceImplicit_ELBO.diagnostics``; means
   over the sites;
@@ -37,15 +37,23 @@ import pyro
 import tyro
 from tqdm import tqdm
 
-from inference import plots
-from inference.errors import UserError, user_errors
-from inference.evaluate import describe, final_evaluation
-from inference.options import ESTIMATE
-from inference.precision import process_precision
-from inference.presets import MAY_DIFFER, PAPER_PRESETS, PRESETS, Config, build_data, check
-from inference.run import RunFolder, keep_freed_memory, use_threads
-from inference.tight import FILE_NAME as TIGHT_FILE
-from inference.vae_training import Training
+from inference.autoencoders.evaluation import describe, final_evaluation
+from inference.autoencoders.options import ESTIMATE
+from inference.autoencoders.presets import (
+    MAY_DIFFER,
+    PAPER_PRESETS,
+    PRESETS,
+    Config,
+    build_data,
+    check,
+)
+from inference.autoencoders.tight import FILE_NAME as TIGHT_FILE
+from inference.autoencoders.training import Training
+from inference.shared import plots
+from inference.shared.errors import UserError, user_errors
+from inference.shared.precision import process_precision
+from inference.shared.process import keep_freed_memory, use_threads
+from inference.shared.run import RunFolder
 
 __all__ = ["COLUMNS", "main", "run", "train"]
 

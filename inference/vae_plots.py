@@ -24,14 +24,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from inference import plots
-from inference.bench_vae_table import read_steps
-from inference.errors import UserError, user_errors
-from inference.evaluate import restore
-from inference.plane_posterior import PlanePosterior, plane_posterior
-from inference.precision import full_precision
-from inference.presets import Config, build_data
-from inference.run import make_folder, read_metrics, write_csv
+from inference.autoencoders.evaluation import restore
+from inference.autoencoders.plane_posterior import PlanePosterior, plane_posterior
+from inference.autoencoders.presets import Config, build_data
+from inference.benchmarks.vae_table import read_steps
+from inference.shared import plots
+from inference.shared.errors import UserError, user_errors
+from inference.shared.precision import full_precision
+from inference.shared.rows import write_csv
+from inference.shared.run import make_folder, read_metrics
 from models.vae import VAE
 
 __all__ = ["log_px_curves", "main", "model_figure", "posterior_figure", "traversals"]
@@ -66,7 +67,7 @@ def log_px_curves(
     """Draws validation log p(x) against time, a line for each seed.
 
     :param Axes axes: where to draw.
-    :param runs: by label the metrics of each seed, see :func:`inference.run.read_metrics`.
+    :param runs: by label the metrics of each seed, see :func:`inference.shared.run.read_metrics`.
     :param str title: title.
     """
     last = []

@@ -17,103 +17,16 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.elbo import ELBOModule
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ardae.implicit import Implicit, find_implicit, is_reparameterized
-from pyro_ardae.probe import check_context
+from pyro_ardae.implicit import Implicit
 from pyro_ardae.random import fork_rng
 from pyro_ardae.score import ARDAE, ScoreEstimator
+from pyro_ardae.sites import ScoreMessenger, Site
 
 __all__ = ["TraceImplicitEnum_ELBO", "TraceImplicitMeanField_ELBO", "TraceImplicit_ELBO"]
 
 EstimatorFactory = Callable[[int, int], ScoreEstimator]
-
-
-class _ScoreMessenger(Messenger):
-    """Attach a score to every implicit site that a guide samples, when it is sampled."""
-
-    def __init__(self, attach: Callable[[str, Implicit, Tensor], None], probed: set[str]) -> None:
-        super().__init__()
-        self._attach = attach
-        self._probed = probed
-        self.paired_dim: int | None = None
-        self._earlier: dict[str, Tensor] = {}
-        self._not_reparameterized: list[str] = []
-
-    def __enter__(self) -> Any:
-        self._earlier.clear()  # of another run of the guide
-        self._not_reparameterized.clear()
-        return super().__enter__()
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        fn = None if self.paired_dim is None else find_implicit(msg["fn"])
-        if fn is not None:
-            fn.paired_dim = self.paired_dim  # expanded by the particles' plate later
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"]:
-            return
-        fn = find_implicit(msg["fn"])
-        if fn is not None:
-            for drawn in (fn, fn.expanded_from):
-                if drawn is not None:  # later draws of it are independent
-                    drawn.paired_dim = None
-            if self._not_reparameterized and torch.is_grad_enabled():
-                self._refuse(msg["name"])
-            if msg["name"] not in self._probed and msg["value"].requires_grad:
-                self._probed.add(msg["name"])
-                check_context(msg["name"], fn, self._earlier)
-            self._attach(msg["name"], fn, msg["value"])
-        elif not site_is_subsample(msg) and not is_reparameterized(msg["fn"]):
-            self._not_reparameterized.append(msg["name"])
-        self._earlier[msg["name"]] = msg["value"]
-
-    def _refuse(self, name: str) -> None:
-        """Pyro differentiates by such a site through the value of what follows it."""
-        before = self._not_reparameterized[0]
-        raise ValueError(
-            f"implicit site '{name}': the guide samples '{before}' before it, which is not "
-            "reparameterized. Its gradient takes the value of log q of what follows, and an "
-            f"implicit site has none. Leave '{before}' out of the guide and let "
-            f"TraceImplicitEnum_ELBO sum it out of the model; or, if '{name}' does not depend on "
-            "it, sample it afterwards."
-        )
-
-
-class _Site:
-    """What the loss keeps of one implicit site: its estimator, and what the last step saw."""
-
-    def __init__(self, estimator: ScoreEstimator) -> None:
-        self.estimator = estimator
-        self.loss: Tensor | None = None
-        self.last: tuple[Tensor, Tensor, Tensor] | None = None
-        self.num_draws: int | None = None
-        """Per context, by which it learned last."""
-        self._kind: tuple[torch.device, torch.dtype] | None = None
-
-    def follow(self, value: Tensor) -> None:
-        """Take the estimator to the device and dtype of the site's value."""
-        kind = value.device, value.dtype
-        if kind != self._kind:
-            with torch.inference_mode(False):
-                self.estimator.to(*kind)
-            self._kind = kind
-
-    def diagnostics(self) -> dict[str, float]:
-        result = {} if self.loss is None else {"score_loss": float(self.loss)}
-        if self.last is None:
-            return result
-        score, value, samples = self.last
-        centered = value - samples.mean(0)
-        identity = -(score * centered).sum(-1).flatten() / score.shape[-1]
-        result["stein"] = float(identity.mean())
-        if len(identity) > 1:
-            result["stein_error"] = float(identity.std() / len(identity) ** 0.5)
-        result["mean_score"] = float(score.flatten(0, -2).mean(0).norm())
-        result["std"] = float(samples.std(0).mean()) if len(samples) > 1 else float("nan")
-        return result
 
 
 def _parameters(trace: poutine.Trace) -> list[Tensor]:
@@ -175,7 +88,7 @@ class _ImplicitELBO:
         self.num_score_samples = num_score_samples
         self.num_score_contexts = num_score_contexts
         self.num_score_updates = num_score_updates
-        self._sites: dict[str, _Site] = {}
+        self._sites: dict[str, Site] = {}
         self._pending: dict[str, dict[str, Any]] = {}
         self._guide: Any = None
         self._frozen = False
@@ -272,7 +185,7 @@ class _ImplicitELBO:
     def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Iterator[Any]:
         self._watch(guide)
         # Messenger.__call__, not functools.wraps: poutine.unwrap() finds a GuideMessenger under it.
-        messenger = _ScoreMessenger(self._attach, self._probed)
+        messenger = ScoreMessenger(self._attach, self._probed)
         scored = messenger(guide)
         try:
             if self.antithetic:
@@ -293,7 +206,7 @@ class _ImplicitELBO:
         if self._pending:
             with torch.no_grad(), self.frozen(), poutine.block():
                 try:
-                    _ScoreMessenger(self._attach, self._probed)(guide)(*args)
+                    ScoreMessenger(self._attach, self._probed)(guide)(*args)
                 finally:
                     self._detach()
 
@@ -392,7 +305,7 @@ class _ImplicitELBO:
         """Draws per context by which the score is learned in a step."""
         return self.num_score_samples or max(16, 2048 // max(1, contexts))
 
-    def _site(self, name: str, fn: Implicit, like: Tensor) -> _Site:
+    def _site(self, name: str, fn: Implicit, like: Tensor) -> Site:
         """The estimator of a site, built when the site is first met."""
         dim = max(1, fn.event_shape.numel())
         width = 0 if fn.context is None else fn.context.shape[-1]
@@ -405,14 +318,14 @@ class _ImplicitELBO:
         site.follow(like)
         return site
 
-    def _build(self, name: str, dim: int, width: int, like: Tensor) -> _Site:
+    def _build(self, name: str, dim: int, width: int, like: Tensor) -> Site:
         estimator: Any = self.score_estimator(dim, width)
         if not isinstance(estimator, ScoreEstimator):
             raise TypeError(
                 "score_estimator: expected a callable that returns a ScoreEstimator, such as "
                 f"ARDAE, got a {type(estimator).__name__} of it."
             )
-        site = _Site(estimator)
+        site = Site(estimator)
         site.follow(like)
         if name in self._pending:
             state = self._pending[name]

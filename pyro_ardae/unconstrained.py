@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_ardae.prototype import refuse_moving_supports
+from pyro_ardae.autoguide.prototype import refuse_moving_supports
 from pyro_ardae.random import fork_rng
 from pyro_ardae.traces import (
     common_plates,

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork, mean_square
+from pyro_ardae.score.energy import EnergyNetwork
+from pyro_ardae.score.modulated import mean_square
 from pyro_ardae.score.reference import Reference
+from pyro_ardae.score.residual import ResidualNetwork
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.whitened import WhitenedEstimator
 from pyro_ardae.score.whitening import Mode

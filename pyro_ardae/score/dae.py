@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_ardae.score.network import ResidualNetwork
+from pyro_ardae.score.residual import ResidualNetwork
 from pyro_ardae.score.trained import TrainedEstimator
 
 __all__ = ["DAE"]

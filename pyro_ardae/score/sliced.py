@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_ardae.score.network import ResidualNetwork
 from pyro_ardae.score.reference import Reference
+from pyro_ardae.score.residual import ResidualNetwork
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.whitened import WhitenedEstimator
 from pyro_ardae.score.whitening import Mode

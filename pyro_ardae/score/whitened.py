@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pyro_ardae.score.network import EnergyNetwork, ResidualNetwork
+from pyro_ardae.score.energy import EnergyNetwork
 from pyro_ardae.score.reference import Reference
+from pyro_ardae.score.residual import ResidualNetwork
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.trained import TrainedEstimator
 from pyro_ardae.score.whitening import Frame, Mode, Whitening, per_context

@@ -15,7 +15,7 @@ import pyro
 import pytest
 import torch
 
-from inference.data import CACHE_NAME, make_sample
+from inference.autoencoders.data import CACHE_NAME, make_sample
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inference.agents.agent import Agent
+from inference.agents.policy import ImplicitPolicy
 from inference.bandit import Options, evaluate, train
-from inference.sac_agent import Agent
-from inference.sac_policy import ImplicitPolicy
 from models.environments import BANDITS, Bandit
 
 

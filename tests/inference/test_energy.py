@@ -14,9 +14,9 @@ import pyro
 import pytest
 import torch
 
-from inference import grid
+from inference.energies.presets import PRESETS, Config, Guide
 from inference.energy import Training, evaluate
-from inference.energy_presets import PRESETS, Config, Guide
+from inference.shared import grid
 from models.energies import ENERGIES, Energy, log_normalizer
 from tests.inference.conftest import Program
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from pyro import poutine
 
-from inference import distances, posterior_table
-from inference.errors import UserError
 from inference.posterior import evaluate, moments
-from inference.posterior_table import COLUMNS, FLOOR
-from inference.posterior_training import MAX_SKIPPED, Config, Training
-from inference.reference import Reference, flatten, reference
+from inference.posteriors import distances
+from inference.posteriors import table as posterior_table
+from inference.posteriors.reference import Reference, flatten, reference
+from inference.posteriors.table import COLUMNS, FLOOR
+from inference.posteriors.training import MAX_SKIPPED, Config, Training
+from inference.shared.errors import UserError
 from models.posterior_guides import GUIDES
 from models.posteriors import POSTERIORS, Posterior
 from tests.inference.conftest import Program

@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.precision import full_precision
-from inference.presets import PRESETS
-from inference.vae_training import Training
+from inference.autoencoders.presets import PRESETS
+from inference.autoencoders.training import Training
+from inference.shared.precision import full_precision
 from tests.inference.conftest import ROOT, TINY, Program, assert_equal
 
 

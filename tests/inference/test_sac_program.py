@@ -20,10 +20,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from inference.run import seed_of
+from inference.agents.presets import PRESETS
 from inference.sac import Training
 from inference.sac_plots import learning_curves, multi_goal_paths
-from inference.sac_presets import PRESETS
+from inference.shared.randomness import seed_of
 from tests.inference.conftest import ROOT, Program, assert_equal
 
 #: Options that make a run tiny.
@@ -281,7 +281,7 @@ def test_bench_learn_resumes(
         name: (PRESETS[name][0], dataclasses.replace(PRESETS[name][1], **small))  # type: ignore[arg-type]
         for name in ("multigoal-sac", "multigoal-sac-ardae")
     }
-    monkeypatch.setattr("inference.bench_learn.PRESETS", presets)
+    monkeypatch.setattr("inference.benchmarks.learn.PRESETS", presets)
     options = ("--tasks", "multigoal", "--steps", 8, "--eval-every", 4, "--out", tmp_path)
     program("bench", "learn", *options, "--seeds", 0)
     with (tmp_path / "learning.csv").open(newline="") as file:

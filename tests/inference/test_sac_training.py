@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from inference.rollout import Episode
+from inference.agents.presets import PRESETS
+from inference.agents.rollout import Episode
 from inference.sac import Training
-from inference.sac_presets import PRESETS
 from tests.inference.conftest import Program, assert_equal
 
 #: Options that make a run tiny.

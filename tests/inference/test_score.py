@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference import score_plots
 from inference.score import ESTIMATORS, MOMENTS, GaussianScore, Run, Score
-from inference.score_table import COLUMNS, Key, Row, table, write
-from inference.score_table import read as read_runs
+from inference.scores import plots as score_plots
+from inference.scores.table import COLUMNS, Key, Row, table, write
+from inference.scores.table import read as read_runs
 from models.targets import TARGETS
 from pyro_ardae.score import ARDAE
 from tests.inference.conftest import Program

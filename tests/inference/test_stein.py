@@ -12,8 +12,8 @@ import pyro
 import pytest
 import torch
 
-from inference.presets import PRESETS, build_data
-from inference.vae_training import Training
+from inference.autoencoders.presets import PRESETS, build_data
+from inference.autoencoders.training import Training
 from pyro_ardae import TraceImplicit_ELBO
 
 

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
+from pyro_ardae.autoguide.quantiles import fixed_noise
 from pyro_ardae.pareto import pareto_k
-from pyro_ardae.quantiles import fixed_noise
 
 
 def test_known_tails() -> None:

@@ -1,0 +1,4 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Parts of ``inference.sac`` and ``inference.bandit``: agent, policy, replay, environments."""

@@ -1,0 +1,181 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Milliseconds of a training step of rows of the VAE benchmark, model and score apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import pyro
+import torch
+from torch import Tensor
+
+from inference.autoencoders.data import Dataset
+from inference.autoencoders.presets import PRESETS, Config
+from inference.autoencoders.training import Training
+from inference.shared.errors import UserError
+from inference.shared.precision import process_precision
+from pyro_ardae import TraceImplicit_ELBO
+
+__all__ = ["Clock", "bench_rows", "describe_rows", "step_times"]
+
+Clock = Literal["wall", "cpu"]
+
+
+class _Stopwatch:
+    """Wall-clock time so far, or this process's CPU time; a GPU is waited for."""
+
+    def __init__(self, device: str, clock: Clock) -> None:
+        self.device = device
+        self.clock = time.perf_counter if clock == "wall" else time.process_time
+
+    def __call__(self) -> float:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        return self.clock()
+
+
+class _Fixed:
+    """One minibatch, with pixels as dark as MNIST's: the arithmetic is the same for any."""
+
+    def __init__(self, batch_size: int, device: str) -> None:
+        self.mean = torch.full((784,), 0.13, device=device)
+        self.batch = torch.bernoulli(self.mean.expand(batch_size, -1))
+
+    def minibatch(self, step: int) -> Tensor:
+        return self.batch
+
+    def subset(self, split: str, num_points: int | None, seed: int) -> Tensor:
+        return self.batch
+
+
+class _Row:
+    """A preset in training, and the time that its score estimators took."""
+
+    def __init__(self, name: str, config: Config, data: Dataset, clock: _Stopwatch) -> None:
+        self.clock, self.score_seconds = clock, 0.0
+        self.training = Training(config, data, name=name)
+        self.training.step()  # builds the estimators
+        loss = self.training.loss
+        if isinstance(loss, TraceImplicit_ELBO):
+            for estimator in loss.estimators.values():
+                estimator.update = self._timed(estimator.update)
+                estimator.forward = self._timed(estimator.forward)
+
+    def _timed(self, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            start = self.clock()
+            result = method(*args, **kwargs)
+            self.score_seconds += self.clock() - start
+            return result
+
+        return call
+
+    def step(self) -> tuple[float, float]:
+        """Takes a step; seconds in all, and of them in the score estimators."""
+        self.score_seconds = 0.0
+        start = self.clock()
+        self.training.step()
+        return self.clock() - start, self.score_seconds
+
+
+def step_times(
+    configs: Mapping[str, Config],
+    data_of: Callable[[Config], Dataset],
+    *,
+    steps: int,
+    warmup: int,
+    clock: Clock,
+    seed: int,
+) -> dict[str, tuple[float, float]]:
+    """Medians over training steps of runs that take turns in one process, in milliseconds.
+
+    What counts as the score is the estimators' own work, their updates and queries; draws that the
+    guide makes for them count as the model's. On a GPU the clock waits for both ends of each, which
+    makes a step a little longer than in training.
+
+    :param configs: options by name; all of one device.
+    :param data_of: the data of a run.
+    :param int steps: timed steps of each.
+    :param int warmup: steps of each before the clock runs.
+    :param str clock: ``"wall"``, or ``"cpu"`` for this process's CPU time.
+    :param int seed: seed of weights, data and noise.
+    :returns: by name all of a step, and what the score estimators take of it.
+    """
+    rows: dict[str, _Row] = {}
+    for name, config in configs.items():
+        process_precision(config.device, tf32=config.tf32)
+        pyro.set_rng_seed(seed)
+        rows[name] = _Row(name, config, data_of(config), _Stopwatch(config.device, clock))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+    for index in range(warmup + steps):
+        for name, row in rows.items():
+            taken = row.step()
+            if index >= warmup:
+                times[name].append(taken)
+    return {
+        name: (1e3 * statistics.median(whole), 1e3 * statistics.median(score))
+        for name, (whole, score) in ((n, zip(*taken, strict=True)) for n, taken in times.items())
+    }
+
+
+def bench_rows(
+    rows: tuple[str, ...],
+    *,
+    steps: int,
+    warmup: int,
+    batch_size: int,
+    precision: Literal["auto", "fp32", "tf32", "bf16"],
+    device: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Times training steps of presets that take turns in one process.
+
+    :param tuple[str, ...] rows: names of MNIST presets.
+    :param int steps: timed steps of each.
+    :param int warmup: steps of each before the clock runs.
+    :param int batch_size: images of a minibatch.
+    :param str precision: precision of the matrix products.
+    :param str device: torch device.
+    :param int seed: seed of weights, data and noise.
+    :returns: for each row ``ms`` a step, ``score_ms`` of it in the score estimators, medians, and
+        ``ratio`` to the row of the Gaussian guide and the same networks, where that is among them.
+    :raises UserError: for a name that is no MNIST preset.
+    """
+    known = [name for name, (_, config) in PRESETS.items() if config.data != "25gaussians"]
+    unknown = [name for name in rows if name not in known]
+    if unknown:
+        raise UserError(f"--rows: expected MNIST presets, found {', '.join(unknown)}")
+    options = {"batch_size": batch_size, "precision": precision, "device": device, "seed": seed}
+    times = step_times(
+        {name: dataclasses.replace(PRESETS[name][1], **options) for name in rows},
+        lambda config: _Fixed(config.batch_size, config.device),
+        steps=steps,
+        warmup=warmup,
+        # On a CPU, others compete for it.
+        clock="wall" if device.startswith("cuda") else "cpu",
+        seed=seed,
+    )
+    figures: dict[str, Any] = {"rows": {}, "batch_size": batch_size, "precision": precision}
+    for name, (total, score) in times.items():
+        figures["rows"][name] = {"ms": total, "score_ms": score}
+    for name, of_row in figures["rows"].items():
+        gaussian = f"{PRESETS[name][1].task}-gaussian"
+        if gaussian in figures["rows"]:
+            of_row["ratio"] = of_row["ms"] / figures["rows"][gaussian]["ms"]
+    return {**figures, "steps": steps, "device": device, "torch": torch.__version__}
+
+
+def describe_rows(figures: dict[str, Any]) -> str:
+    """The figures as a table."""
+    lines = [f"{'row':36} {'ms a step':>10} {'model':>8} {'score':>8} {'ratio':>6}"]
+    for name, of_row in figures["rows"].items():
+        total, score = of_row["ms"], of_row["score_ms"]
+        ratio = f"{of_row['ratio']:6.2f}" if "ratio" in of_row else ""
+        lines.append(f"{name:36} {total:10.2f} {total - score:8.2f} {score:8.2f} {ratio}")
+    return "\n".join(lines)

@@ -1,0 +1,212 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trains VAE presets at one wall-clock budget each and compares them: ``python -m inference.bench
+vae``.
+
+For each row, a preset of ``inference.vae``, it first measures the milliseconds of a training step,
+model and score estimator apart, all rows taking turns in one process. The number of steps of a run
+is what the budget holds at that rate, with a tenth kept back for validations, and the preset's
+schedule is stretched to it. With a clock on the wall the run also ends with the budget; CPU time is
+only what steps are timed in. Each is evaluated by importance sampling on the test images and by
+annealed importance sampling on a random subset (:mod:`inference.autoencoders.tight`).
+
+The folder holds a run folder for each row and seed, ``config.json`` with what they have in common,
+``steps.csv``, ``results.csv`` and ``table.md`` (:mod:`inference.benchmarks.vae_table`). The same
+command goes on where it was stopped: finished runs and evaluations are skipped, a run that was
+interrupted is resumed from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import pyro
+import tyro
+
+from inference.autoencoders.evaluation import describe_tight, evaluate_tight, restore
+from inference.autoencoders.presets import PRESETS, Config, build_data
+from inference.autoencoders.tight import Tight, check_tight
+from inference.benchmarks.rows import Clock, step_times
+from inference.benchmarks.vae_table import STEP_COLUMNS, collect, read_steps, table, write_results
+from inference.shared.errors import UserError, check_device, check_options, positive, some_seeds
+from inference.shared.rows import write_rows
+from inference.shared.run import RunFolder, make_folder
+from inference.vae import run
+
+__all__ = ["Vae", "bench_vae"]
+
+#: Share of the budget that training steps may take; the rest is for validations.
+STEP_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Trains VAE presets at one wall-clock budget each and compares them."""
+
+    rows: tuple[str, ...] = ("sbmnist-mlp-gaussian", "sbmnist-mlp-implicit")
+    """Presets of inference.vae."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of each."""
+    budget_seconds: float = 3600.0
+    """Wall-clock time of each training run, validations included."""
+    steps: int | None = None
+    """Steps of each run in place of those that the budget holds; the budget still ends it."""
+    threads: int = 1
+    """CPU threads of torch."""
+    device: str = "cpu"
+    """Torch device."""
+    out: Path = Path("runs/bench-vae")
+    """Folder of runs and results."""
+    data_dir: Path | None = None
+    """Folder of binarized_mnist.npz; PYRO_ARDAE_DATA or ./data by default."""
+    timed_steps: int = 50
+    """Timed training steps of each row."""
+    warmup: int = 10
+    """Steps of each before the clock runs."""
+    clock: Clock = "wall"
+    """What times the steps: wall-clock time, or this process's CPU time, which on one thread is the
+    wall-clock of an idle core. With "cpu" a run takes its number of steps however long they last,
+    so that runs on a busy machine can be compared."""
+    test_points: int | None = None
+    """Test images of the importance-sampled figure; all by default."""
+    test_samples: int = 1000
+    """Importance samples for each of them."""
+    tight: Annotated[Tight, tyro.conf.arg(name="")] = field(default_factory=Tight)
+    """Options of annealed importance sampling."""
+
+
+def _step_times(options: Vae) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step of each row: all, in the score estimators, the rest."""
+    changes = {"device": options.device, "data_dir": options.data_dir}
+    times = step_times(
+        {row: dataclasses.replace(PRESETS[row][1], **changes) for row in options.rows},
+        build_data,
+        steps=options.timed_steps,
+        warmup=options.warmup,
+        clock=options.clock,
+        seed=0,
+    )
+    return {
+        row: {"step_ms": step, "model_ms": step - score, "score_ms": score}
+        for row, (step, score) in times.items()
+    }
+
+
+def bench_vae(options: Vae) -> Path:
+    """Runs what the folder lacks, then writes the table; returns the folder."""
+    unknown = ", ".join(row for row in options.rows if row not in PRESETS)
+    if unknown or not options.rows:
+        raise UserError(f"--rows: expected presets of inference.vae, found {unknown or 'none'}")
+    check_device(options.device)
+    check_tight(options.tight)
+    conditions = positive(options, "steps", "budget_seconds", "timed_steps")
+    check_options(options, [*conditions, *some_seeds(options)])
+    make_folder(options.out)
+    _settle(options)
+    path = options.out / "steps.csv"
+    steps = read_steps(path)
+    missing = tuple(row for row in options.rows if row not in steps)
+    if missing:
+        # All rows again: only figures of one process can be compared.
+        steps |= _step_times(options)
+        write_rows(path, {(row,): figures for row, figures in steps.items()}, STEP_COLUMNS)
+    for row in options.rows:
+        print("{}: {step_ms:.2f} ms a step, {score_ms:.2f} of it score".format(row, **steps[row]))
+    runs = [(row, seed) for seed in options.seeds for row in options.rows]
+    for row, seed in runs:
+        path = _folder(options, row, seed)
+        if not (path / "results.json").exists():
+            _train(path, row, seed, steps[row]["step_ms"], options)
+        if not _evaluated(path, options.tight):
+            config, vae = restore(path, data_dir=options.data_dir, device=options.device)
+            figures = evaluate_tight(path, config, vae, options.tight)
+            print(f"{path.name}: " + describe_tight(config, options.tight, figures))
+        # After each run, so that a stopped benchmark has its table too.
+        done = [one for one in runs if _evaluated(_folder(options, *one), options.tight)]
+        results = collect(options.out, done, steps)
+        write_results(options.out / "results.csv", results)
+        text = table(options.out, results, budget=_budget(options))
+        (options.out / "table.md").write_text(text)
+    print(f"\n{text}")
+    return options.out
+
+
+def _budget(options: Vae) -> str:
+    """What each run has, in words."""
+    wall = f"{options.budget_seconds:g} s"
+    if options.clock == "wall":
+        return wall if options.steps is None else f"{options.steps:,} steps, {wall} at most"
+    if options.steps is not None:
+        return f"{options.steps:,} steps"
+    return f"as many steps as {STEP_SHARE * options.budget_seconds:g} s of CPU time hold"
+
+
+def _settle(options: Vae) -> None:
+    """Writes down what all runs of the folder have in common, or refuses another choice."""
+    names = (
+        *("budget_seconds", "clock", "steps", "threads", "device"),
+        *("test_points", "test_samples"),
+    )
+    settled = {name: getattr(options, name) for name in names}
+    if (options.out / "config.json").exists():
+        RunFolder.require(options.out, settled, may_differ=())
+    else:
+        RunFolder(options.out, ()).write_json("config.json", settled)
+
+
+def _folder(options: Vae, row: str, seed: int) -> Path:
+    return options.out / f"{row}-seed{seed}"
+
+
+def _train(path: Path, row: str, seed: int, step_ms: float, options: Vae) -> None:
+    """Trains and evaluates a run, or goes on with it."""
+    if (path / "config.json").exists() and not (path / "checkpoints" / "latest.pt").exists():
+        shutil.rmtree(path)  # stopped before its first checkpoint
+    started = (path / "config.json").exists()
+    if started:
+        recorded = RunFolder.read_config(path)
+        schedule = {name: recorded[name] for name in _SCHEDULE}
+    else:
+        fitting = int(STEP_SHARE * 1e3 * options.budget_seconds / step_ms)
+        schedule = _stretched(PRESETS[row][1], max(1, options.steps or fitting))
+    config = dataclasses.replace(
+        PRESETS[row][1],
+        **schedule,
+        seed=seed,
+        budget_seconds=options.budget_seconds if options.clock == "wall" else None,
+        threads=options.threads,
+        device=options.device,
+        data_dir=options.data_dir,
+        test_points=options.test_points,
+        test_samples=options.test_samples,
+        **{"resume" if started else "out": path},
+    )
+    pyro.clear_param_store()
+    run(config)
+
+
+#: Options that are counted in steps, and stretched with their number.
+_SCHEDULE = ("steps", "beta_steps", "decay_start", "decay_steps", "valid_every", "checkpoint_every")
+
+
+def _stretched(config: Config, steps: int) -> dict[str, int]:
+    factor = steps / config.steps
+    schedule = {name: round(getattr(config, name) * factor) for name in _SCHEDULE}
+    # 20 validations, whatever the preset's number, so that curves are alike and cost a tenth at
+    # most.
+    every = max(1, steps // 20)
+    return schedule | {"steps": steps, "valid_every": every, "checkpoint_every": every}
+
+
+def _evaluated(path: Path, tight: Tight) -> bool:
+    """Whether a run has the figures of annealed importance sampling, with these options."""
+    if not (path / "results.json").exists():
+        return False
+    recorded = json.loads((path / "results.json").read_text())
+    return recorded.get("ais_options") == dataclasses.asdict(tight)

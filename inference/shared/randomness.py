@@ -1,0 +1,40 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Seeds by purpose, and the states of the global random number generators."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["load_rng_state", "rng_state", "seed_of"]
+
+
+def seed_of(run_seed: int, purpose: str, step: int) -> int:
+    """A seed for one purpose at one step, unrelated to that of any other."""
+    key = [run_seed, *purpose.encode(), step]
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of the global random number generators, as tensors and plain values."""
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def load_rng_state(state: Mapping[str, Any]) -> None:
+    """Restores what :func:`rng_state` returned."""
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])

@@ -1,0 +1,172 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Every row of the VAE benchmark in training, without the program around it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+
+from inference.autoencoders.options import EXPLICIT, SCORED, Config
+from inference.autoencoders.presets import (
+    PAPER_PRESETS,
+    PRESETS,
+    build_data,
+    build_loss,
+    build_vae,
+    check,
+)
+from inference.autoencoders.surrogate import surrogate_loss
+from inference.autoencoders.training import Training
+from pyro_ardae import TraceImplicit_ELBO
+from tests.inference.conftest import TINY, Program, assert_equal
+
+
+def tiny(preset: str, directory: Path, **changes: object) -> Config:
+    options = {"batch_size": 8, "precision": "fp32", "data_dir": directory, **changes}
+    return dataclasses.replace(PRESETS[preset][1], **options)
+
+
+def test_the_rows_of_the_paper_and_their_peers() -> None:
+    guides = ("gaussian", "fullcov", "auxiliary", "flow", "implicit", "hierarchical-implicit")
+    expected = {
+        f"{data}-{architecture}-{guide}"
+        for data in ("sbmnist", "dbmnist")
+        for architecture in ("mlp", "conv", "resconv")
+        for guide in guides
+    }
+    expected |= {"sbmnist-mlp-sivi", "sbmnist-mlp-avb"}
+    expected |= {"sbmnist-mlp2-gaussian", "sbmnist-mlp2-implicit"}
+    expected |= {"sbmnist-mlp-2d-gaussian", "sbmnist-mlp-2d-implicit"}
+    assert expected | {"25gaussians-implicit", "25gaussians-gaussian"} == set(PRESETS)
+    assert set(PAPER_PRESETS) == expected
+    for name, (_, config) in PRESETS.items():
+        assert config.preset == name
+        assert (config.guide in SCORED) != (config.guide in EXPLICIT)
+        check(config)
+    for _, config in PAPER_PRESETS.values():
+        assert (config.batch_size, config.beta_start, config.beta_steps) == (128, 1e-4, 50_000)
+        check(config)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_parameter_learns_and_a_resumed_run_goes_on_bit_for_bit(
+    preset: str, sample_dir: Path, idx_dir: Path
+) -> None:
+    config = tiny(preset, idx_dir if preset.startswith("dbmnist") else sample_dir)
+    data = build_data(config)
+
+    def started() -> Training:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        return Training(config, data)
+
+    training = started()
+    before = {name: p.clone() for name, p in training.vae.named_parameters()}
+    training.step()
+    training.step()
+    still = [name for name, p in training.vae.named_parameters() if torch.equal(p, before[name])]
+    assert not still
+    state = training.state()
+    copied = torch.utils._pytree.tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, state
+    )
+    training.step()
+    resumed = started()
+    resumed.load_state(copied)
+    resumed.step()
+    assert_equal(resumed.state(), training.state())
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["sbmnist-mlp-gaussian", "sbmnist-mlp-auxiliary", "sbmnist-mlp-sivi", "sbmnist-mlp2-implicit"],
+)
+def test_the_loss_that_does_not_wait_is_pyros(preset: str, sample_dir: Path) -> None:
+    """Value and gradient, of explicit guides and of implicit ones."""
+    config = tiny(preset, sample_dir)
+    vae = build_vae(config)
+    x = build_data(config).minibatch(0)
+    gradients, losses = [], []
+    for waits in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        elbo = build_loss(config)
+        assert isinstance(elbo, Trace_ELBO)
+        assert isinstance(elbo, TraceImplicit_ELBO) == preset.endswith("implicit")
+        if waits:
+            losses.append(elbo.loss_and_grads(vae.model, vae.guide, x, 0.5))
+        else:
+            loss = surrogate_loss(elbo, vae.model, vae.guide, x, 0.5)
+            loss.backward()
+            losses.append(loss.item())
+        gradients.append([p.grad for p in vae.parameters()])
+        vae.zero_grad(set_to_none=True)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_paper_schedule_and_options_over_it(
+    program: Program, sample_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = (*TINY, "--schedule", "paper", "--steps", 2, "--beta-steps", 7)
+    program("vae", "sbmnist-mlp-gaussian", *options, "--data-dir", sample_dir, "--out", run)
+    recorded = json.loads((run / "config.json").read_text())
+    assert recorded["learning_rate"] == 1e-4
+    assert recorded["activation"] == "softplus"
+    assert (recorded["batch_size"], recorded["steps"], recorded["beta_steps"]) == (16, 2, 7)
+
+
+@pytest.mark.parametrize(("shape", "half"), [("geometric", 0.1), ("linear", 0.505)])
+def test_annealing(shape: str, half: float, sample_dir: Path) -> None:
+    options = {"beta_start": 0.01, "beta_steps": 100, "beta_shape": shape}
+    config = tiny("sbmnist-mlp-gaussian", sample_dir, **options)
+    training = Training(config, build_data(config))
+    seen = []
+    for training.steps_done in (0, 50, 100, 200):
+        seen.append(training.beta)
+    assert seen == pytest.approx([0.01, half, 1.0, 1.0])
+
+
+def test_training_on_validation_images_keeps_the_last_weights(
+    program: Program, sample_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = (*TINY, "--train-on-valid", "--steps", 4, "--valid-every", 2)
+    program("vae", "sbmnist-mlp-gaussian", *options, "--data-dir", sample_dir, "--out", run)
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert all(row["valid_log_px"] == "" and float(row["loss"]) > 0 for row in rows)
+    assert json.loads((run / "results.json").read_text())["best_step"] == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["sbmnist-mlp-implicit", "sbmnist-conv-flow"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_on_a_gpu(
+    preset: str, precision: str, program: Program, sample_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ("--steps", 3, "--device", "cuda", "--data-dir", sample_dir, "--out", run)
+    program("vae", preset, *TINY[:-2], "--precision", precision, *options)
+    assert json.loads((run / "results.json").read_text())["steps"] == 3
+    config = tiny(preset, sample_dir, device="cuda")
+    pyro.clear_param_store()
+    training = Training(config, build_data(config))
+    training.step()
+    if config.guide not in SCORED:  # the score network reads one number back every few updates
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            training.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
