@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 
-from models.contraction import SILU_SLOPE, contracted
+from models.contraction import Contraction
 from models.networks import ConditionalMLP, Network
 from models.transforms import Below, UnitLowerAffine
 from pyro_ardae import Implicit
@@ -168,8 +168,6 @@ class DeviatingGuide(nn.Module):
     :param tuple[int, ...] hidden_dims: widths of the hidden layers of g, at least one; they are
         SiLU layers.
     :param float gain: :math:`\gamma`, in (0, 1).
-    :param torch.dtype compute_dtype: precision of the matrix products, see
-        :class:`models.networks.MLP`.
     :raises ValueError: if the noise is too narrow, the gain out of range or there is no hidden
         layer.
     """
@@ -183,7 +181,6 @@ class DeviatingGuide(nn.Module):
         noise_dim: int,
         hidden_dims: tuple[int, ...],
         gain: float = 0.8,
-        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if noise_dim < latent_dim:
@@ -194,15 +191,7 @@ class DeviatingGuide(nn.Module):
             raise ValueError(f"gain: expected a number in (0, 1), got {gain}")
         self.latent_dim, self.noise_dim, self.gain = latent_dim, noise_dim, gain
         self.base = base
-        self.net = ConditionalMLP(
-            noise_dim,
-            feature_dim,
-            sizes=(*hidden_dims, latent_dim),
-            activation=nn.SiLU,
-            zero_output=True,
-            compute_dtype=compute_dtype,
-        )
-        self.factor = gain / SILU_SLOPE ** len(hidden_dims)
+        self.net = Contraction(noise_dim, feature_dim, sizes=(*hidden_dims, latent_dim))
 
     def deviation_parameters(self) -> list[nn.Parameter]:
         """Parameters of the network that deviates from the Gaussian."""
@@ -210,7 +199,7 @@ class DeviatingGuide(nn.Module):
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         sampler = partial(
-            self._sample, projected=self.net.project(features), weights=self._contracted()
+            self._sample, projected=self.net.project(features), matrices=self.net.matrices()
         )
         deviation = Implicit(sampler, self.noise_dim, features, (self.latent_dim,))
         return self.base.place(features, deviation)
@@ -241,7 +230,7 @@ class DeviatingGuide(nn.Module):
         :param int num_mixing: K, >= 0. Each of the K has its own noise to be found, by iteration.
         :returns: draws ``[*sample, *batch, latent_dim]`` and log-densities ``[*sample, *batch]``.
         """
-        weights, projected = self._contracted(), self.net.project(features)
+        matrices, projected = self.net.matrices(), self.net.project(features)
         shape = sample_shape + features.shape[:-1]
         projected = projected.expand(*shape, -1)
         rest_dim = self.noise_dim - self.latent_dim
@@ -250,8 +239,7 @@ class DeviatingGuide(nn.Module):
             return torch.randn(size, dtype=features.dtype, device=features.device)
 
         def deviation(own: Tensor, rest: Tensor, projected: Tensor) -> Tensor:
-            value = functional_call(self.net, weights, (torch.cat([own, rest], -1), projected))
-            return self.factor * value
+            return self.gain * self.net(torch.cat([own, rest], -1), projected, matrices)
 
         own, rest = normal(1, *shape, self.latent_dim), normal(1 + num_mixing, *shape, rest_dim)
         w = own + deviation(own, rest[:1], projected)
@@ -278,20 +266,16 @@ class DeviatingGuide(nn.Module):
                 break
         return guess
 
-    def _contracted(self) -> dict[str, Tensor]:
-        """The matrices that noise goes through, as contractions: once for all draws of a step."""
-        parts = {"from_input": self.net.from_input, "net": self.net.net}
-        return {
-            f"{part}.{name}": weight
-            for part, layers in parts.items()
-            for name, weight in contracted(layers).items()
-        }
-
     def _sample(
-        self, noise: Tensor, _features: Tensor, *, projected: Tensor, weights: dict[str, Tensor]
+        self,
+        noise: Tensor,
+        _features: Tensor,
+        *,
+        projected: Tensor,
+        matrices: Sequence[Tensor],
     ) -> Tensor:
         """Noise ``[*sample, B, noise_dim]`` to draws ``[*sample, B, latent_dim]``, in units of the
         Normal.
         """
-        deviation = functional_call(self.net, weights, (noise, projected))
-        return torch.add(noise[..., : self.latent_dim], deviation, alpha=self.factor)
+        deviation = self.net(noise, projected, matrices)
+        return torch.add(noise[..., : self.latent_dim], deviation, alpha=self.gain)

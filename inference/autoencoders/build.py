@@ -223,7 +223,6 @@ def _build_head(config: Config, feature_dim: int, latent_dim: int) -> nn.Module:
             noise_dim=config.noise_dim,
             hidden_dims=hidden_dims,
             gain=config.gain,
-            compute_dtype=config.compute_dtype,
         )
     guide = HierarchicalGuide(
         feature_dim,
