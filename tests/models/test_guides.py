@@ -240,9 +240,10 @@ def test_deviation_is_a_contraction_whatever_its_weights(float64: None) -> None:
     features = torch.randn(BATCH, FEATURES)
     implicit = find_implicit(head(features))
     assert implicit is not None
+    context = implicit.context
     one, near = torch.randn(500, BATCH, 5), 1e-3 * torch.randn(500, BATCH, 5)
     for other in (one + near, torch.randn(500, BATCH, 5)):
-        moved = implicit.sampler(other, features) - implicit.sampler(one, features)
+        moved = implicit.sampler(other, context) - implicit.sampler(one, context)
         own = (other - one)[..., :LATENT]
         ratio = (moved - own).norm(dim=-1) / (other - one).norm(dim=-1)
         assert ratio.max() < head.gain
