@@ -50,7 +50,7 @@ def refine_gaussian(
     proposal: MultivariateNormal,
     *,
     num_steps: int = 20,
-    num_draws: int = 16,
+    num_draws: int | None = None,
     rate: float = 0.2,
 ) -> MultivariateNormal:
     r"""Moves a Gaussian towards the posterior, separately for each data point.
@@ -67,16 +67,19 @@ def refine_gaussian(
 
     .. note:: With 20 steps of 16 draws the variance of the log-weights falls from 10 to 0.45 on
         binarized MNIST with 32 latents, for the price of 320 gradients per image; without the added
-        :math:`u` the same steps diverge.
+        :math:`u` the same steps diverge. With 64 latents 16 draws do not do: the noise of the
+        moments widens r again, on one image of a thousand beyond all numbers.
 
     :param log_joint: maps latents ``[S, B, D]`` to ``log p(x, z)`` ``[S, B]``, differentiable once.
     :param MultivariateNormal proposal: batch shape ``[B]``.
     :param int num_steps: steps, at least 0.
-    :param int num_draws: draws of a step, even.
+    :param int num_draws: draws of a step, even; by default half as many as dimensions, 16 at least.
     :param float rate: :math:`\rho`, in ``(0, 1]``.
     :returns: the refined proposal.
     :raises ValueError: for an argument out of its range.
     """
+    if num_draws is None:
+        num_draws = max(16, proposal.loc.shape[-1] // 4 * 2)
     if num_steps < 0:
         raise ValueError(f"num_steps: expected at least 0, got {num_steps}")
     if num_draws < 2 or num_draws % 2:
@@ -89,6 +92,8 @@ def refine_gaussian(
         half = torch.randn(num_draws // 2, *loc.shape, dtype=loc.dtype, device=loc.device)
         u = torch.cat([half, -half])
         _, gradient = _value_and_gradient(log_joint, loc, scale_tril, u)
+        # A data point whose draws left the finite numbers stays where it is.
+        gradient = torch.where(gradient.isfinite().all(-1).all(0).unsqueeze(-1), gradient, -u)
         moment = torch.einsum("sbi,sbj->bij", u, gradient + u) / num_draws
         precision = identity - rate * (moment + moment.mT) / 2
         eigenvalues, vectors = torch.linalg.eigh(precision)
@@ -167,7 +172,8 @@ def annealed_importance_sampling(
 
     def target(at: Tensor) -> tuple[Tensor, Tensor]:
         value, gradient = _value_and_gradient(log_joint, loc, scale_tril, at)
-        return value + volume, gradient
+        # A draw beyond all numbers has no weight, and the estimate stays below log p(x).
+        return torch.where(value.isnan(), -torch.inf, value + volume), gradient
 
     # In coordinates u in which r is the standard normal; row 0 is the pilot.
     u = torch.randn(num_chains + 1, *loc.shape, dtype=loc.dtype, device=loc.device)

@@ -81,6 +81,27 @@ def test_refined_gaussian_is_the_posterior(problem: LinearGaussian) -> None:
     assert (estimate.log_px - problem.exact).abs().max() < 0.1
 
 
+def test_points_beyond_all_numbers() -> None:
+    """Where a gradient is not finite the proposal is kept; a draw that is not has weight 0."""
+    proposal = MultivariateNormal(torch.zeros(2, 4), torch.eye(4).expand(2, 4, 4))
+    broken = torch.tensor([torch.nan, 0.0])
+    refined = refine_gaussian(
+        lambda z: Normal(1.0, 0.5).log_prob(z).sum(-1) + broken * z.sum(-1), proposal, num_steps=40
+    )
+    assert torch.allclose(refined.loc[0], proposal.loc[0], atol=1e-5)
+    assert torch.allclose(refined.scale_tril[0], proposal.scale_tril[0], atol=1e-4)
+    assert torch.allclose(refined.loc[1], torch.ones(4), atol=0.01)
+
+    def log_joint(z: Tensor) -> Tensor:
+        """Not a number above 1: Phi(1) is what is left."""
+        return Normal(0.0, 1.0).log_prob(z).sum(-1) + torch.where(z > 1, torch.nan, 0.0).sum(-1)
+
+    wide = MultivariateNormal(torch.zeros(1000, 1), torch.eye(1).expand(1000, 1, 1))
+    estimate = annealed_importance_sampling(log_joint, wide, num_chains=100, num_temperatures=1)
+    weights = estimate.log_weights.exp()
+    assert float(weights.mean()) == pytest.approx(0.8413, abs=0.006)  # 5 standard errors
+
+
 def test_weights_are_unbiased(standard_errors: Callable[[int], float]) -> None:
     # One latent, two unequal modes, long steps that are often rejected: what a missing acceptance,
     # momentum or weight would show in. The integral is known.
