@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["SILU_SLOPE", "Contraction", "contracted", "spectral_bounds"]
+__all__ = ["SILU_SLOPE", "Contraction", "contracted"]
 
 #: The largest slope of SiLU, at 2.3994, rounded up.
 SILU_SLOPE = 1.09985
@@ -71,23 +71,15 @@ class _Contracted(torch.autograd.Function):
         return tuple(found)
 
 
-def spectral_bounds(weights: Sequence[Tensor]) -> Tensor:
-    r"""Upper bounds ``[n]`` of the largest singular values of n matrices,
-    :math:`(\sum_i \sigma_i^{16})^{1/16}`; not differentiable.
+def contracted(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    r"""Each matrix over an upper bound of its largest singular value,
+    :math:`(\sum_i \sigma_i^{16})^{1/16}`, where that is above 1.
 
     The Schatten norm of order 16, by four small products. It is above the spectral norm by a factor
     of :math:`r^{1/16}` at most, r the rank: 1.3 for 64, 1.05 to 1.15 in practice. Unlike a power
-    iteration it holds exactly, is smooth and keeps no state.
-    """
-    with torch.no_grad():
-        return _bounds(weights)[0]
-
-
-def contracted(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Each matrix over its :func:`spectral_bounds` where that is above 1.
-
-    All at once, and with the gradient written out: by autograd, one by one, it would be a
-    twentieth of a training step. Differentiable once.
+    iteration it holds exactly, is smooth and keeps no state. All at once, and with the gradient
+    written out: by autograd, one by one, it would be a twentieth of a training step. Differentiable
+    once.
     """
     found: tuple[Tensor, ...] = _Contracted.apply(*weights)
     return found
