@@ -20,6 +20,11 @@ __all__ = ["SILU_SLOPE", "Contraction", "contracted"]
 SILU_SLOPE = 1.09985
 
 
+def _side(weight: Tensor) -> tuple[int, bool]:
+    """Size of the smaller Gram matrix, and whether it is that of the columns."""
+    return min(weight.shape), weight.shape[0] > weight.shape[1]
+
+
 def _bounds(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     r"""Bounds ``[n]``, and what their gradient needs: the smaller Gram matrix of each weight over
     its trace s, P, padded with zeros to one size, its second and fourth power, and
@@ -29,13 +34,10 @@ def _bounds(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     width = max(min(weight.shape) for weight in weights)
     gram = weights[0].new_zeros(len(weights), width, width)
     for weight, out in zip(weights, gram, strict=True):
-        small = min(weight.shape)
-        tall = weight.shape[0] > weight.shape[1]
+        small, tall = _side(weight)
         out[:small, :small] = weight.mT @ weight if tall else weight @ weight.mT
-    scale = (
-        gram.diagonal(dim1=1, dim2=2).sum(-1) + 1e-12
-    )  # powers of what is above it would overflow
-    first = gram / scale.view(-1, 1, 1)
+    scale = gram.diagonal(dim1=1, dim2=2).sum(-1) + 1e-12
+    first = gram / scale.view(-1, 1, 1)  # else its powers could overflow
     second = torch.bmm(first, first)
     fourth = torch.bmm(second, second)
     trace = fourth.square().sum((1, 2)) + 1e-30
@@ -64,9 +66,8 @@ class _Contracted(torch.autograd.Function):
         seventh *= (-of_bound * factor).view(-1, 1, 1)
         found = []
         for grad, weight, one, powers in zip(grads, weights, divisor, seventh, strict=True):
-            small = min(weight.shape)
+            small, tall = _side(weight)
             powers = powers[:small, :small]
-            tall = weight.shape[0] > weight.shape[1]
             found.append(torch.addmm(grad / one, *((weight, powers) if tall else (powers, weight))))
         return tuple(found)
 

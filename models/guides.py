@@ -198,8 +198,8 @@ class DeviatingGuide(nn.Module):
         return [*self.net.parameters()]
 
     def forward(self, features: Tensor) -> dist.TorchDistribution:
-        # All that the deviation depends on, a fifth as wide as the features: a score network that
-        # is told no more is cheaper.
+        # All that the deviation depends on, and narrower than the features: a score network that is
+        # told no more is cheaper, and no worse.
         context = self.net.project(features)
         sampler = partial(self._sample, matrices=self.net.matrices())
         deviation = Implicit(sampler, self.noise_dim, context, (self.latent_dim,))
