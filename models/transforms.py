@@ -5,11 +5,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributions import Transform, constraints
 
 __all__ = ["Below", "UnitLowerAffine"]
+
+
+class _Product(torch.autograd.Function):
+    """``(entries * (w @ columns)) @ rows``; by autograd it takes half as long again."""
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, w: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+        factors = w @ columns
+        ctx.save_for_backward(entries, factors, columns, rows)
+        return (entries * factors) @ rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        entries, factors, columns, rows = ctx.saved_tensors
+        of_terms = grad @ rows.mT
+        return of_terms * factors, (of_terms * entries) @ columns.mT, None, None
 
 
 class Below(nn.Module):
@@ -44,7 +64,8 @@ class Below(nn.Module):
         """Entries ``[B, count]`` and ``w [*sample, B, D]`` to L w, shaped like w."""
         if w.dim() > entries.dim():
             return torch.einsum("bij,...bj->...bi", self.dense(entries), w)
-        return (entries * (w @ self.columns)) @ self.rows
+        found: Tensor = _Product.apply(entries, w, self.columns, self.rows)
+        return found
 
     def dense(self, entries: Tensor) -> Tensor:
         """L itself, ``[B, D, D]``."""

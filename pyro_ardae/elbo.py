@@ -52,6 +52,7 @@ class _ImplicitELBO:
         num_particles: int = 1,
         *,
         num_score_contexts: int | None = None,
+        score_interval: int = 1,
         max_plate_nesting: int | float = float("inf"),
         vectorize_particles: bool = False,
         strict_enumeration_warning: bool = True,
@@ -70,6 +71,8 @@ class _ImplicitELBO:
             raise ValueError(f"expected num_score_contexts >= 1, got {num_score_contexts}.")
         if num_score_updates < 0:
             raise ValueError(f"expected num_score_updates >= 0, got {num_score_updates}.")
+        if score_interval < 1:
+            raise ValueError(f"expected score_interval >= 1, got {score_interval}.")
         if antithetic and not (vectorize_particles and num_particles % 2 == 0):
             raise ValueError(
                 "antithetic=True: expected an even num_particles and vectorize_particles=True, got "
@@ -88,6 +91,7 @@ class _ImplicitELBO:
         self.num_score_samples = num_score_samples
         self.num_score_contexts = num_score_contexts
         self.num_score_updates = num_score_updates
+        self.score_interval = score_interval
         self._sites: dict[str, Site] = {}
         self._pending: dict[str, dict[str, Any]] = {}
         self._guide: Any = None
@@ -104,7 +108,8 @@ class _ImplicitELBO:
         return {name: site.estimator for name, site in self._sites.items()}
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
-        r"""How well each implicit site's score was estimated in the last step.
+        r"""How well each implicit site's score was estimated in the last step in which draws of it
+        were made (see ``score_interval``).
 
         - ``score_loss``: the estimator's own loss; a weak monitor.
         - ``stein``: :math:`-E[s(z)^\top (z - \bar z)] / D`, with standard error ``stein_error``.
@@ -124,6 +129,7 @@ class _ImplicitELBO:
                 "context_dim": site.estimator.context_dim,
                 "kind": type(site.estimator).__name__,
                 "num_draws": site.num_draws,
+                "runs": site.runs,
                 "estimator": site.estimator.state_dict(),
             }
             for name, site in self._sites.items()
@@ -247,7 +253,10 @@ class _ImplicitELBO:
         context = None if source.context is None else source.context.detach()
         site = self._site(name, fn, value)
 
-        count = self._num_draws(source.batch_shape.numel())
+        learning = self._learning and not self._frozen
+        learns = learning and site.runs % self.score_interval == 0
+        draws = learns or site.estimator.needs_samples
+        count = self._num_draws(source.batch_shape.numel()) if draws else 0
         center: Tensor | None = None
 
         def draw() -> Tensor:
@@ -266,12 +275,12 @@ class _ImplicitELBO:
             return samples
 
         samples = draw()
-        if self._learning and not self._frozen:
-            for update in range(self.num_score_updates):
-                samples = draw() if update else samples
-                learned = self._some((samples, context, center), source.batch_shape)
-                site.num_draws = count
-                site.loss = site.estimator.update(*learned[:2], center=learned[2])
+        for update in range(self.num_score_updates if learns else 0):
+            samples = draw() if update else samples
+            learned = self._some((samples, context, center), source.batch_shape)
+            site.num_draws = count
+            site.loss = site.estimator.update(*learned[:2], center=learned[2])
+        site.runs += learning
 
         def score(of: Implicit, at: Tensor) -> Tensor:
             shape = at.shape  # a transform may give the site's value another one
@@ -280,7 +289,8 @@ class _ImplicitELBO:
             with torch.no_grad():
                 at = at.reshape((-1, *batch))
                 result = site.estimator(at, samples, context, center=center).detach()
-            site.last = (result, at, samples)
+            if draws:
+                site.last = (result, at, samples)
             return result.reshape(shape)
 
         fn.score = score
@@ -338,6 +348,7 @@ class _ImplicitELBO:
                 )
             estimator.load_state_dict(state["estimator"])
             site.num_draws = state.get("num_draws")
+            site.runs = state.get("runs", 0)
             del self._pending[name]
         return site
 
@@ -392,6 +403,9 @@ class TraceImplicit_ELBO(_ImplicitELBO, Trace_ELBO):
     :param num_particles: draws of the guide per step, as in Pyro.
     :param num_score_contexts: contexts per update of the estimator, a random subset of those of the
         step; all by default. Fewer make an update cheaper, and bound its memory for large plates.
+    :param score_interval: runs of the guide to one in which the estimators learn, the first of
+        them; an estimator whose queries need no draws has none made in the others. The guide moves
+        little from one step to the next.
     :param max_plate_nesting: as in Pyro.
     :param vectorize_particles: as in Pyro.
     :param strict_enumeration_warning: as in Pyro.

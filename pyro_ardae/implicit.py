@@ -175,13 +175,16 @@ class Implicit(TorchDistribution):
     def flat_draws(self, count: int, *, center: bool) -> tuple[Tensor, Tensor | None]:
         """What an estimator takes, without a graph: draws ``[count, *batch, D]``, and the value
         for zero noise ``[*batch, D]``, by which the paper centers z, if ``center`` is wanted; by
-        one pass of the sampler.
+        one pass of the sampler; by none, if there is nothing to draw.
         """
+        if not center and not count:
+            shape = (0, *self.batch_shape, self.event_shape.numel())
+            return self.noise.sample(Size((0,))).new_empty(shape), None
         if not center:
             return self.flat(self.sample(Size((count,)))), None
         with torch.no_grad():
             noise = self.noise.sample(Size((count,)))
-            noise = torch.cat([noise, torch.zeros_like(noise[:1])])
+            noise = torch.cat([noise, noise.new_zeros(1, *noise.shape[1:])])
             value = self.flat(self._push(noise, Size((count + 1,))))
         return value[:count], value[count]
 

@@ -80,6 +80,8 @@ class Site:
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
         self.num_draws: int | None = None
         """Per context, by which it learned last."""
+        self.runs = 0
+        """Runs of the guide so far in which it might have learned."""
         self._kind: tuple[torch.device, torch.dtype] | None = None
 
     def follow(self, value: Tensor) -> None:

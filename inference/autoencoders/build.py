@@ -266,6 +266,7 @@ def build_loss(config: Config) -> ELBO:
         num_score_samples=config.num_score_samples,
         num_score_contexts=config.num_score_contexts,
         num_score_updates=config.num_score_updates,
+        score_interval=config.score_interval,
     )
 
 

@@ -160,6 +160,8 @@ class Config:
     default."""
     num_score_updates: int = 1
     """Guides without a density: updates per step."""
+    score_interval: int = 1
+    """Steps to one in which the score is learned; implicit guides only."""
 
     valid_every: int = 2000
     """Steps between validations."""

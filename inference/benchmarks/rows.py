@@ -77,11 +77,14 @@ class _Row:
         return call
 
     def step(self) -> tuple[float, float]:
-        """Takes a step; seconds in all, and of them in the score estimators."""
-        self.score_seconds = 0.0
+        """Takes as many steps as it takes until the score has been learned; seconds of one in all,
+        and of them in the score estimators.
+        """
+        count, self.score_seconds = self.training.config.score_interval, 0.0
         start = self.clock()
-        self.training.step()
-        return self.clock() - start, self.score_seconds
+        for _ in range(count):
+            self.training.step()
+        return (self.clock() - start) / count, self.score_seconds / count
 
 
 def step_times(

@@ -27,6 +27,9 @@ class ScoreEstimator(nn.Module, ABC):
     needs_center: bool = False
     """Whether ``center`` must be given (the paper's own setting)."""
 
+    needs_samples: bool = True
+    """Whether :meth:`forward` reads ``samples``; if not, their shape alone, and S may be 0."""
+
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__()
         if dim < 1 or context_dim < 0:
@@ -110,7 +113,8 @@ class ScoreEstimator(nn.Module, ABC):
                 f"{name}: expected a context of batch shape {tuple(samples.shape[1:-1])}, that of "
                 f"the samples {tuple(samples.shape)}, got {tuple(context.shape)}."
             )
-        rows = samples.detach().reshape(len(samples), -1, self.dim)
+        count = samples.shape[1:-1].numel()  # there may be no samples
+        rows = samples.detach().reshape(len(samples), count, self.dim)
         if context is None:
             return rows, rows.new_zeros(rows.shape[1], 0)
         return rows, context.detach().reshape(rows.shape[1], width)

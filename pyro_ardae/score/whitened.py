@@ -124,6 +124,11 @@ class WhitenedEstimator(TrainedEstimator):
         """Whether calls take ``center``: in the mode ``"centered"``."""
         return self.whitening.mode == "centered"
 
+    @property
+    def needs_samples(self) -> bool:  # type: ignore[override]
+        """Whether queries read samples: where every context has moments of its own."""
+        return self.whitening.per_context
+
     @abstractmethod
     def _loss(
         self, w: Tensor, features: Tensor, base: Student | Reference

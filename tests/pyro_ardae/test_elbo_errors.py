@@ -296,6 +296,11 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "num_score_contexts >= 1, got 0",
     ),
+    "no interval": (
+        lambda: TraceImplicit_ELBO(score_interval=0),
+        ValueError,
+        "score_interval >= 1, got 0",
+    ),
     "negative updates": (
         lambda: TraceImplicit_ELBO(num_score_updates=-1),
         ValueError,

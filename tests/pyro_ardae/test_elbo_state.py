@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyro_ardae import ARDAE, Implicit, TraceImplicit_ELBO
 from pyro_ardae.score import DAE, PaperARDAE, ScoreEstimator, SlicedScore
+from pyro_ardae.score.whitening import Mode
 
 ROWS, DIM, WIDTH = 5, 2, 3
 FACTORIES: dict[str, Callable[[int, int], ScoreEstimator]] = {
@@ -391,6 +392,54 @@ def test_number_of_score_updates(updates: int, expected: int) -> None:
     for _ in range(2):
         elbo.loss_and_grads(model, guide, X)
     assert elbo.estimators["z"].state_dict()["_extra_state"]["updates"] == expected
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [1, 1, 2, 2, 3])])
+def test_score_learns_in_one_of_some_runs(interval: int, expected: list[int]) -> None:
+    """Also when the loss is saved and loaded in between; frozen runs don't count."""
+    make = lambda: TraceImplicit_ELBO(FACTORIES["ardae"], score_interval=interval)  # noqa: E731
+    elbo, (model, guide), updates = make(), (Model(), Guide()), []
+    for _ in range(5):
+        elbo.loss_and_grads(model, guide, X)
+        with elbo.frozen():
+            elbo.loss_and_grads(model, guide, X)
+        state = elbo.state_dict()
+        updates.append(state["z"]["estimator"]["_extra_state"]["updates"])
+        elbo = make()
+        elbo.load_state_dict(state)
+    assert updates == expected
+
+
+@pytest.mark.parametrize(("whitening", "draws"), [("centered", [8, 0, 8]), ("pooled", [8, 8, 8])])
+def test_no_draws_are_made_that_nobody_reads(whitening: Mode, draws: list[int]) -> None:
+    made = []
+
+    def guide() -> None:
+        loc = pyro.param("loc", torch.zeros(DIM))
+
+        def sampler(noise: Tensor, context: Tensor) -> Tensor:
+            made.append(len(noise) if noise.dim() == 3 else None)
+            return loc + noise
+
+        with pyro.plate("b", ROWS):
+            pyro.sample("z", Implicit(sampler, DIM, torch.randn(ROWS, WIDTH)))
+
+    def model() -> None:
+        with pyro.plate("b", ROWS):
+            pyro.sample("z", dist.Normal(torch.zeros(DIM), 1.0).to_event(1))
+
+    estimator = partial(ARDAE, hidden_dim=8, depth=2, whitening=whitening)
+    elbo = TraceImplicit_ELBO(estimator, num_score_samples=8, score_interval=2, max_plate_nesting=1)
+    seen, diagnostics = [], []
+    for _ in range(3):
+        made.clear()
+        elbo.loss_and_grads(model, guide)
+        seen.append(made[-1])  # with the center, where there is one
+        diagnostics.append(elbo.diagnostics()["z"]["std"])
+    center = whitening == "centered"
+    assert seen == [count + center for count in draws]
+    assert (diagnostics[0] == diagnostics[1]) == center
+    assert diagnostics[1] != diagnostics[2]
 
 
 class Recorder(ARDAE):

@@ -85,6 +85,21 @@ def test_flat_draws_and_the_output_for_zero_noise() -> None:
     assert not center.requires_grad
 
 
+def test_no_flat_draws() -> None:
+    def refuse_nothing(noise: Tensor, context: Tensor) -> Tensor:
+        assert noise.numel()
+        return affine(noise, context)
+
+    q = Implicit(refuse_nothing, 2, torch.randn(5, 2))
+    draws, center = q.flat_draws(0, center=False)
+    assert draws.shape == (0, 5, 2)
+    assert center is None
+    draws, center = q.flat_draws(0, center=True)
+    assert draws.shape == (0, 5, 2)
+    assert center is not None
+    assert torch.equal(center, q.flat_draws(3, center=True)[1])
+
+
 def test_flat_draws_of_a_scalar_and_of_a_matrix() -> None:
     scalar = Implicit(lambda e: e.squeeze(-1), 1, None, ())
     assert scalar.flat_draws(4, center=False)[0].shape == (4, 1)
