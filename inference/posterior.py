@@ -63,6 +63,7 @@ from inference.shared.errors import (
 )
 from inference.shared.plots import save
 from inference.shared.process import use_threads
+from inference.shared.progress import advance
 from inference.shared.rows import Row, write_rows
 from inference.shared.run import RunFolder
 from models.posterior_guides import GUIDES
@@ -147,7 +148,7 @@ def compare(config: Config) -> Path:
             with _user_errors(label):
                 training = Training(posterior, guide, config)
                 for spent in training.train(clock):
-                    progress.update(spent)
+                    advance(progress, progress.n + spent)
                 draws = training.draws(config.draws)
             row = evaluate(draws, found.draws.flatten(0, 1), posterior)
             row |= {"steps": training.steps_done, "seconds": round(training.seconds, 3)}
@@ -157,7 +158,7 @@ def compare(config: Config) -> Path:
             rows[key] = row
             write_rows(path / "moments.csv", known, MOMENTS)
             write_rows(path / "results.csv", rows, COLUMNS)
-            progress.update(index * config.seconds - progress.n)
+            advance(progress, index * config.seconds)
             progress.write(
                 f"{label}: sliced Wasserstein {row['sliced_wasserstein']:.3f}, c2st "
                 f"{row['c2st']:.3f} after {training.steps_done} steps"

@@ -52,6 +52,7 @@ from inference.scores.table import COLUMNS, Key, Row, Rows, read, table, write
 from inference.shared.errors import UserError, check_options, positive, some_seeds, user_errors
 from inference.shared.plots import save
 from inference.shared.process import use_threads
+from inference.shared.progress import advance
 from inference.shared.randomness import seed_of
 from inference.shared.run import RunFolder
 from models.targets import TARGETS, Target
@@ -259,7 +260,7 @@ def rows_of(run: Run, progress: tqdm[Any]) -> list[Row]:
     options, rows = run.options, list[Row]()
     for share in MOMENTS if run.learns else MOMENTS[-1:]:
         for spent in run.train(options.seconds * share):
-            progress.update(spent)
+            advance(progress, progress.n + spent)
         rows += [run.evaluate(draws) for draws in options.draws]
     return rows
 
@@ -286,7 +287,7 @@ def compare(options: Score) -> Path:
             run = start(key, options)
             runs[key] = rows_of(run, progress)
             write(path / "metrics.csv", runs)
-            progress.update(index * options.seconds - progress.n)
+            advance(progress, index * options.seconds)
             ends = runs[key][-len(options.draws) :]
             errors = ", ".join(f"{row['error']:.4g} ({row['draws']:g} draws)" for row in ends)
             progress.write(f"{label}: error {errors} after {run.updates} updates")
