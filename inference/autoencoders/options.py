@@ -161,7 +161,7 @@ class Config:
     num_score_updates: int = 1
     """Guides without a density: updates per step."""
     score_interval: int = 1
-    """Steps to one in which the score is learned; implicit guides only."""
+    """Guides without a density: steps to one in which the score is learned."""
 
     valid_every: int = 2000
     """Steps between validations."""
