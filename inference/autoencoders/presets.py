@@ -245,9 +245,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             *("score_hidden_dim", "score_depth", "score_learning_rate", "score_folds"),
-            *("score_whitening", "score_steps"),
+            *("score_whitening", "score_steps", "score_interval"),
             *("num_score_samples", "num_score_contexts", "num_score_updates"),
-            "score_interval",
         ),
         SCORED,
     ),

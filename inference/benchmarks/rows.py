@@ -96,7 +96,8 @@ def step_times(
     clock: Clock,
     seed: int,
 ) -> dict[str, tuple[float, float]]:
-    """Medians over training steps of runs that take turns in one process, in milliseconds.
+    """Milliseconds of a training step of runs that take turns in one process: medians over turns,
+    each of as many steps as it takes until the score has been learned.
 
     What counts as the score is the estimators' own work, their updates and queries; draws that the
     guide makes for them count as the model's. On a GPU the clock waits for both ends of each, which
@@ -104,8 +105,8 @@ def step_times(
 
     :param configs: options by name; all of one device.
     :param data_of: the data of a run.
-    :param int steps: timed steps of each.
-    :param int warmup: steps of each before the clock runs.
+    :param int steps: timed turns of each.
+    :param int warmup: turns of each before the clock runs.
     :param str clock: ``"wall"``, or ``"cpu"`` for this process's CPU time.
     :param int seed: seed of weights, data and noise.
     :returns: by name all of a step, and what the score estimators take of it.

@@ -40,6 +40,7 @@ class PaperARDAE(TrainedEstimator):
     """
 
     needs_center = True
+    needs_samples = False
 
     def __init__(
         self,

@@ -53,6 +53,14 @@ def test_settings_are_the_papers() -> None:
         assert estimator.needs_center
 
 
+def test_queries_read_no_samples() -> None:
+    estimator = PaperARDAE(2, 3, hidden_dim=8)
+    value, context, center = torch.randn(6, 4, 2), torch.randn(4, 3), torch.randn(4, 2)
+    assert not estimator.needs_samples
+    without = estimator(value, value[:0], context, center=center)
+    assert torch.equal(without, estimator(value, torch.randn(5, 4, 2), context, center=center))
+
+
 @pytest.mark.parametrize("kind", ["energy", "residual"])
 @pytest.mark.parametrize("input_scale", [1.0, 100.0])
 def test_score_scales_with_the_input(float64: None, kind: Any, input_scale: float) -> None:
