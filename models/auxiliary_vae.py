@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.chain import Chain
 from models.hierarchical_guide import HierarchicalGuide, ReverseGuide
-from models.vae import VAE, LogJoint
+from models.vae import VAE, LogJoint, with_fantasies
 
 __all__ = ["AuxiliaryVAE"]
 
@@ -49,22 +49,22 @@ class AuxiliaryVAE(VAE):
         super().__init__(trunk, head, decoder, latent_dim=latent_dim, name=name)
         self.reverse = reverse
 
-    def model(self, x: Tensor, beta: float = 1.0) -> None:
+    def model(self, x: Tensor, beta: float = 1.0, fantasies: Tensor | None = None) -> None:
         """The Pyro model, with the auxiliary latent."""
         pyro.module(f"{self.name}.decoder", self.decoder)
         pyro.module(f"{self.name}.reverse", self.reverse)
-        with pyro.plate("data", x.shape[0]):
-            with poutine.scale(scale=beta):
-                z = pyro.sample("z", self.prior(x))
-                pyro.sample("z0", self.reverse(x, z))
-            pyro.sample("x", self.decoder(z), obs=x)
+        rows = self.rows(x, fantasies)
+        with rows, poutine.scale(scale=beta):
+            z = pyro.sample("z", self.prior(x))
+            pyro.sample("z0", self.reverse(with_fantasies(x, fantasies), z))
+        self.observe(x, fantasies, z, rows)
 
-    def guide(self, x: Tensor, beta: float = 1.0) -> None:
+    def guide(self, x: Tensor, beta: float = 1.0, fantasies: Tensor | None = None) -> None:
         """The Pyro guide, with the arguments of :meth:`model`."""
         pyro.module(f"{self.name}.trunk", self.trunk)
         pyro.module(f"{self.name}.head", self.head)
-        features = self.trunk(x)
-        with pyro.plate("data", x.shape[0]), poutine.scale(scale=beta):
+        features = self.trunk(with_fantasies(x, fantasies))
+        with self.rows(x, fantasies), poutine.scale(scale=beta):
             auxiliary = pyro.sample("z0", self.head.mixing(features))
             pyro.sample("z", self.head.conditional(features, auxiliary))
 

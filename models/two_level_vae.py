@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from models.chain import Chain
 from models.guides import GaussianGuide
 from models.networks import MLP, ConditionalMLP
-from models.vae import VAE
+from models.vae import VAE, held_fixed, with_fantasies
 
 __all__ = ["TwoLevelDecoder", "TwoLevelVAE"]
+
+#: Of a Normal.
+_MOMENTS = ("loc", "scale")
 
 
 class TwoLevelDecoder(nn.Module):
@@ -32,12 +35,9 @@ class TwoLevelDecoder(nn.Module):
         self, decoder: nn.Module, prior_net: MLP, *, feature_dim: int, latent_dim: int
     ) -> None:
         super().__init__()
-        self.decoder, self.prior_net, self.latent_dim = decoder, prior_net, latent_dim
-        self.prior_head = GaussianGuide(feature_dim, latent_dim)
-
-    def prior(self, second: Tensor) -> dist.TorchDistribution:
-        r""":math:`p(z_1 \mid z_2)`."""
-        return self.prior_head(self.prior_net(second))
+        self.decoder, self.latent_dim = decoder, latent_dim
+        #: :math:`p(z_1 \mid z_2)`, a function of :math:`z_2`.
+        self.prior = nn.Sequential(prior_net, GaussianGuide(feature_dim, latent_dim))
 
     def forward(self, latents: Tensor) -> dist.TorchDistribution:
         r""":math:`p(x \mid z_1)` for latents :math:`(z_1, z_2)` or :math:`z_1` alone."""
@@ -85,21 +85,28 @@ class TwoLevelVAE(VAE):
             second_in_front=True,
         )
 
-    def model(self, x: Tensor, beta: float = 1.0) -> None:
+    def model(self, x: Tensor, beta: float = 1.0, fantasies: Tensor | None = None) -> None:
         """The Pyro model, with a site for each level."""
         pyro.module(f"{self.name}.decoder", self.decoder)
-        with pyro.plate("data", x.shape[0]):
-            with poutine.scale(scale=beta):
-                second = pyro.sample("z2", super().prior(x))
-                first = pyro.sample("z1", self.decoder.prior(second))
-            pyro.sample("x", self.decoder(first), obs=x)
+        rows = self.rows(x, fantasies)
+        with rows, poutine.scale(scale=beta):
+            second = pyro.sample("z2", super().prior(x))
+            prior = self.decoder.prior(second[..., : len(x), :])
+            if fantasies is not None:
+                # One site of the guide, so one of the model.
+                fixed = held_fixed(self.decoder.prior, second[..., len(x) :, :])
+                bases = prior.base_dist, fixed.base_dist
+                loc, scale = (torch.cat([getattr(b, n) for b in bases], -2) for n in _MOMENTS)
+                prior = dist.Normal(loc, scale, validate_args=False).to_event(1)
+            first = pyro.sample("z1", prior)
+        self.observe(x, fantasies, first, rows)
 
-    def guide(self, x: Tensor, beta: float = 1.0) -> None:
+    def guide(self, x: Tensor, beta: float = 1.0, fantasies: Tensor | None = None) -> None:
         """The Pyro guide, with the arguments of :meth:`model`."""
         for part in ("trunk", "head", "second_trunk", "second_head"):
             pyro.module(f"{self.name}.{part}", getattr(self, part))
-        features = self.trunk(x)
-        with pyro.plate("data", x.shape[0]), poutine.scale(scale=beta):
+        features = self.trunk(with_fantasies(x, fantasies))
+        with self.rows(x, fantasies), poutine.scale(scale=beta):
             first = pyro.sample("z1", self.head(features))
             pyro.sample("z2", self.second(features, first))
 

@@ -10,12 +10,26 @@ from functools import partial
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro import poutine
 from torch import Size, Tensor, nn
+from torch.func import functional_call
 
-__all__ = ["LogJoint", "VAE"]
+__all__ = ["LogJoint", "VAE", "held_fixed", "with_fantasies"]
 
 LogJoint = Callable[[Tensor], Tensor]
+
+
+def held_fixed(module: nn.Module, value: Tensor) -> dist.TorchDistribution:
+    """``module(value)``, a distribution, through which the module's parameters do not learn."""
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    found: dist.TorchDistribution = functional_call(module, parameters, (value,))
+    return found
+
+
+def with_fantasies(x: Tensor, fantasies: Tensor | None) -> Tensor:
+    """Data ``[B, X]`` and fantasies ``[F, X]``, if there are any, in one: ``[B + F, X]``."""
+    return x if fantasies is None else torch.cat([x, fantasies])
 
 
 class VAE(nn.Module):
@@ -25,6 +39,10 @@ class VAE(nn.Module):
     runs once per data point, the head turns its features into a distribution over the latent.
     ``vae.model`` and ``vae.guide`` are the two callables for :class:`pyro.infer.SVI`; the tensor
     methods never touch Pyro's parameter store.
+
+    Both take ``fantasies`` too, draws of the model by which the guide alone learns: the trunk sees
+    the same images again and again, and what it has learned of them by heart it gets wrong for
+    others (Zhang, Hayes, Barber 2022, `arXiv 2205.11640 <https://arxiv.org/abs/2205.11640>`_).
 
     :param nn.Module trunk: data ``[B, X]`` to features ``[B, C]``.
     :param nn.Module head: features to a distribution with batch shape ``[B]`` and event shape
@@ -56,25 +74,49 @@ class VAE(nn.Module):
         loc = like.new_zeros(self.latent_dim)
         return dist.Normal(loc, like.new_ones(()), validate_args=False).to_event(1)
 
-    def model(self, x: Tensor, beta: float = 1.0) -> None:
+    def model(self, x: Tensor, beta: float = 1.0, fantasies: Tensor | None = None) -> None:
         """The Pyro model.
 
         :param Tensor x: data, ``[B, X]``.
         :param float beta: weight of the latent's terms (the KL divergence), in ``(0, 1]`` while it
             is annealed.
+        :param Tensor fantasies: draws of the model, ``[F, X]``, observed beside the data by a
+            decoder that is held fixed.
         """
         pyro.module(f"{self.name}.decoder", self.decoder)
-        with pyro.plate("data", x.shape[0]):
-            with poutine.scale(scale=beta):
-                z = pyro.sample("z", self.prior(x))
-            pyro.sample("x", self.decoder(z), obs=x)
+        rows = self.rows(x, fantasies)
+        with rows, poutine.scale(scale=beta):
+            z = pyro.sample("z", self.prior(x))
+        self.observe(x, fantasies, z, rows)
 
-    def guide(self, x: Tensor, beta: float = 1.0) -> None:
+    def guide(self, x: Tensor, beta: float = 1.0, fantasies: Tensor | None = None) -> None:
         """The Pyro guide, with the arguments of :meth:`model`."""
         pyro.module(f"{self.name}.trunk", self.trunk)
         pyro.module(f"{self.name}.head", self.head)
-        with pyro.plate("data", x.shape[0]), poutine.scale(scale=beta):
-            pyro.sample("z", self.posterior(x))
+        with self.rows(x, fantasies), poutine.scale(scale=beta):
+            pyro.sample("z", self.posterior(with_fantasies(x, fantasies)))
+
+    def rows(self, x: Tensor, fantasies: Tensor | None) -> pyro.plate:
+        """The plate of the latents: data first, then fantasies."""
+        return pyro.plate("data", len(x) if fantasies is None else len(x) + len(fantasies))
+
+    def observe(
+        self, x: Tensor, fantasies: Tensor | None, latents: Tensor, rows: pyro.plate
+    ) -> None:
+        """The sites of data and fantasies, given the latents ``[*, B + F, D]`` of both."""
+        of_data = latents[..., : len(x), :]
+        with rows if fantasies is None else pyro.plate("observed", len(x)):
+            pyro.sample("x", self.decoder(of_data), obs=x)
+        if fantasies is not None:
+            with pyro.plate("fantasies", len(fantasies)):
+                of_fantasies = held_fixed(self.decoder, latents[..., len(x) :, :])
+                pyro.sample("fantasy", of_fantasies, obs=fantasies)
+
+    @torch.no_grad()
+    def draw(self, count: int, like: Tensor) -> Tensor:
+        """Draws of the model, ``[count, X]``, with the dtype and device of ``like``."""
+        drawn: Tensor = self.decoder(self.prior(like).sample(Size((count,)))).sample()
+        return drawn
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         """The guide's distribution of the latents of ``x``: batch shape ``[B]``."""

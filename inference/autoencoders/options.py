@@ -88,6 +88,11 @@ class Config:
 
     batch_size: int = 128
     """Data points of a minibatch."""
+    fantasy_share: float = 0.0
+    """Share of them that gives way to draws of the model, in [0, 1), by which the guide learns and
+    the model does not: a guide that sees the same images again and again learns them by heart, ..."""
+    fantasy_start: int = 16_000
+    """... from this step on. A short run sees each of them too few times for that."""
     learning_rate: float = 5e-4
     """Step size of Adam."""
     decoder_learning_rate: float | None = None
@@ -179,6 +184,11 @@ class Config:
     """Weight of the prior in the proposal; needed where posteriors have several modes."""
     checkpoint_every: int = 2000
     """Steps between checkpoints."""
+
+    @property
+    def fantasies(self) -> int:
+        """Draws of the model in a minibatch; none where pixels are missing."""
+        return int(self.fantasy_share * self.batch_size) if self.seen_share is None else 0
 
     @property
     def compute_dtype(self) -> torch.dtype | None:

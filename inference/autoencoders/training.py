@@ -120,18 +120,26 @@ class Training:
         return self.average.module if self.config.average_decay > 0 else self.vae
 
     def step(self) -> float | Tensor:
-        """Takes one training step; returns the loss per data point, on a GPU without waiting."""
-        x = self.data.minibatch(self.steps_done).to(self.config.device)
+        """Takes one training step; returns the loss per data point or fantasy, on a GPU
+        without waiting.
+        """
+        config = self.config
+        x = self.data.minibatch(self.steps_done).to(config.device)
+        fantasies = None
+        if config.fantasies and self.steps_done >= config.fantasy_start:
+            x = x[: -config.fantasies]
+            fantasies = self.vae.draw(config.fantasies, x)
+        args, count = (x, self.beta, fantasies), config.batch_size
         for group, rate in zip(self.optim.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.decay
         loss: float | Tensor
         if x.is_cuda:
-            surrogate = surrogate_loss(self.loss, self.vae.model, self.vae.guide, x, self.beta)
+            surrogate = surrogate_loss(self.loss, self.vae.model, self.vae.guide, *args)
             surrogate.backward()
             self.optim(self.vae.parameters())
-            loss = surrogate.detach() / len(x)
+            loss = surrogate.detach() / count
         else:
-            loss = self.svi.step(x, self.beta) / len(x)
+            loss = self.svi.step(*args) / count
         self.steps_done += 1
         if self.steps_done % AVERAGE_EVERY == 0:
             self.average.update_parameters(self.vae)

@@ -156,6 +156,7 @@ def bench_rows(
     if unknown:
         raise UserError(f"--rows: expected MNIST presets, found {', '.join(unknown)}")
     options = {"batch_size": batch_size, "precision": precision, "device": device, "seed": seed}
+    options["fantasy_start"] = 0
     times = step_times(
         {name: dataclasses.replace(PRESETS[name][1], **options) for name in rows},
         lambda config: _Fixed(config.batch_size, config.device),

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
@@ -49,6 +52,12 @@ def two_levels(kind: str) -> TwoLevelVAE:
         second_head=head(kind),
         latent_dim=LATENT,
     )
+
+
+def one_level() -> VAE:
+    trunk = MLP((DATA, FEATURES), activate_output=True)
+    decoder = NormalDecoder(LATENT, DATA, hidden_dims=(8,))
+    return VAE(trunk, head("gaussian"), decoder, latent_dim=LATENT)
 
 
 def auxiliary() -> AuxiliaryVAE:
@@ -176,3 +185,39 @@ def test_conditional_draws_of_two_levels_start_as_the_normals(float64: None) -> 
         second
     )
     torch.testing.assert_close(log_q, expected)
+
+
+BUILD: dict[str, Callable[[], VAE]] = {
+    "one level": one_level,
+    "two levels": partial(two_levels, "gaussian"),
+    "auxiliary": auxiliary,
+}
+
+
+@pytest.mark.parametrize("kind", BUILD)
+def test_fantasies_teach_the_guide_alone(float64: None, kind: str) -> None:
+    vae = BUILD[kind]()
+    x = torch.randn(BATCH, DATA)
+    fantasies = vae.draw(3, x)
+    assert fantasies.shape == (3, DATA)
+    both = torch.cat([x, fantasies])
+    elbo = Trace_ELBO(max_plate_nesting=1)
+
+    def gradients(*args: Any) -> tuple[float, dict[str, Tensor]]:
+        vae.zero_grad()
+        torch.manual_seed(3)
+        loss = elbo.loss_and_grads(vae.model, vae.guide, *args)
+        return loss, {name: p.grad.clone() for name, p in vae.named_parameters()}
+
+    loss, found = gradients(x, 0.7, fantasies)
+    as_data, expected = gradients(both, 0.7)
+    assert loss == pytest.approx(as_data, rel=1e-12)
+    # The model's are what data and their latents give.
+    torch.manual_seed(3)
+    trace = poutine.trace(vae.guide).get_trace(both, 0.7)
+    latents = {name: trace.nodes[name]["value"][:BATCH].detach() for name in trace.stochastic_nodes}
+    vae.zero_grad()
+    of_data = poutine.trace(poutine.condition(vae.model, latents)).get_trace(x, 0.7)
+    (-of_data.log_prob_sum()).backward()
+    expected |= {f"decoder.{name}": p.grad for name, p in vae.decoder.named_parameters()}
+    torch.testing.assert_close(found, expected)
