@@ -90,9 +90,9 @@ class Config:
     """Data points of a minibatch."""
     fantasy_share: float = 0.0
     """Share of them that gives way to draws of the model, in [0, 1), by which the guide learns and
-    the model does not: a guide that sees the same images again and again learns them by heart, ..."""
+    the model does not: a guide that sees the same images again and again learns them by heart."""
     fantasy_start: int = 16_000
-    """... from this step on. A short run sees each of them too few times for that."""
+    """Step from which it does. A short run sees each image too few times for that."""
     learning_rate: float = 5e-4
     """Step size of Adam."""
     decoder_learning_rate: float | None = None
