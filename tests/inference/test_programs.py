@@ -299,6 +299,8 @@ def test_errors_end_in_one_line(
         ),
         ((*mnist, "--seen-share", 1), "--seen-share: expected a number in (0, 1)"),
         (("vae", "sbmnist-mlp-auxiliary", "--seen-share", 0.5), "--seen-share: sbmnist-mlp-aux"),
+        ((*mnist, "--fantasy-share", 1), "--fantasy-share: expected a number in [0, 1)"),
+        ((*mnist, "--fantasy-start", 5), "--fantasy-start: sbmnist-mlp-gaussian does not read it"),
         (("evaluate", run, "--test-points", 0), "--test-points: expected a positive number"),
         (("evaluate", run, "--points", 5), "--points: an evaluation without --ais does not read"),
         (("evaluate", run, "--ais", "--seed", 3), "--seed: --ais does not read it"),

@@ -14,6 +14,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
+from torch import Tensor
 
 from inference.autoencoders.options import EXPLICIT, SCORED, Config
 from inference.autoencoders.presets import (
@@ -26,6 +27,7 @@ from inference.autoencoders.presets import (
 )
 from inference.autoencoders.surrogate import surrogate_loss
 from inference.autoencoders.training import Training
+from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
 from tests.inference.conftest import TINY, Program, assert_equal
 
@@ -61,7 +63,8 @@ def test_the_rows_of_the_paper_and_their_peers() -> None:
 def test_every_parameter_learns_and_a_resumed_run_goes_on_bit_for_bit(
     preset: str, sample_dir: Path, idx_dir: Path
 ) -> None:
-    config = tiny(preset, idx_dir if preset.startswith("dbmnist") else sample_dir)
+    directory = idx_dir if preset.startswith("dbmnist") else sample_dir
+    config = tiny(preset, directory, fantasy_start=0)
     data = build_data(config)
 
     def started() -> Training:
@@ -88,6 +91,35 @@ def test_every_parameter_learns_and_a_resumed_run_goes_on_bit_for_bit(
 
 @pytest.mark.parametrize(
     "preset",
+    [
+        *("sbmnist-mlp-implicit", "sbmnist-mlp-auxiliary", "sbmnist-mlp2-implicit"),
+        *("sbmnist-conv-flow", "25gaussians-implicit"),
+    ],
+)
+def test_draws_of_the_model_take_the_place_of_data(
+    preset: str, sample_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(preset, sample_dir, fantasy_share=0.4, fantasy_start=1)
+    check(config)
+    pyro.clear_param_store()
+    training = Training(config, build_data(config))
+    drawn: list[Tensor] = []
+
+    def draw(count: int, like: Tensor) -> Tensor:
+        assert len(like) == 5
+        drawn.append(VAE.draw(training.vae, count, like))
+        return drawn[-1]
+
+    monkeypatch.setattr(training.vae, "draw", draw)
+    for expected in (0, 1, 2):
+        training.step()
+        assert len(drawn) == expected
+    assert all(one.shape == (3, training.data.mean.numel()) for one in drawn)
+    assert torch.isfinite(torch.stack([p.sum() for p in training.vae.parameters()])).all()
+
+
+@pytest.mark.parametrize(
+    "preset",
     ["sbmnist-mlp-gaussian", "sbmnist-mlp-auxiliary", "sbmnist-mlp-sivi", "sbmnist-mlp2-implicit"],
 )
 def test_the_loss_that_does_not_wait_is_pyros(preset: str, sample_dir: Path) -> None:
@@ -102,10 +134,11 @@ def test_the_loss_that_does_not_wait_is_pyros(preset: str, sample_dir: Path) -> 
         elbo = build_loss(config)
         assert isinstance(elbo, Trace_ELBO)
         assert isinstance(elbo, TraceImplicit_ELBO) == preset.endswith("implicit")
+        args = x[:5], 0.5, x[5:]
         if waits:
-            losses.append(elbo.loss_and_grads(vae.model, vae.guide, x, 0.5))
+            losses.append(elbo.loss_and_grads(vae.model, vae.guide, *args))
         else:
-            loss = surrogate_loss(elbo, vae.model, vae.guide, x, 0.5)
+            loss = surrogate_loss(elbo, vae.model, vae.guide, *args)
             loss.backward()
             losses.append(loss.item())
         gradients.append([p.grad for p in vae.parameters()])
