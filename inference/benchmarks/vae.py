@@ -83,8 +83,7 @@ class Vae:
 
 def _step_times(options: Vae) -> dict[str, dict[str, float]]:
     """Milliseconds of a step of each row: all, in the score estimators, the rest."""
-    # A step with fantasies takes longer, and most of a long run's steps have them.
-    changes = {"device": options.device, "data_dir": options.data_dir, "fantasy_start": 0}
+    changes = {"device": options.device, "data_dir": options.data_dir}
     times = step_times(
         {row: dataclasses.replace(PRESETS[row][1], **changes) for row in options.rows},
         build_data,
