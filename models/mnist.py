@@ -44,7 +44,8 @@ class _LogProb(torch.autograd.Function):
 
 
 class LogitBernoulli(dist.Bernoulli):
-    """A Bernoulli whose log-likelihood costs a third of torch's on a CPU, with gradient.
+    """A Bernoulli whose log-likelihood costs a third of torch's on a CPU, with gradient, and its
+    draws a quarter.
 
     ``value * logits - softplus(logits)`` without ``log1p``, which is where torch's
     ``binary_cross_entropy_with_logits`` spends its time (1.0 of 1.2 ms for 128 images); right to
@@ -54,6 +55,14 @@ class LogitBernoulli(dist.Bernoulli):
     def log_prob(self, value: Tensor) -> Tensor:
         logits, value = torch.broadcast_tensors(self.logits, value)
         return _LogProb.apply(logits, value)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        probs = self.probs
+        level = torch.rand(
+            self._extended_shape(sample_shape), dtype=probs.dtype, device=probs.device
+        )
+        return (level < probs).to(probs.dtype)
 
 
 class SeenBernoulli(LogitBernoulli):

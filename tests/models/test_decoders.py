@@ -44,6 +44,20 @@ def test_logit_bernoulli_equals_torch() -> None:
     )
 
 
+def test_logit_bernoulli_draws_as_often_as_it_should() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([-6.0, -2.0, 0.0, 1.0, 6.0])
+    distribution = LogitBernoulli(logits=logits.expand(2, 5)).to_event(1)
+    draws = distribution.sample(torch.Size((50_000,)))
+    assert draws.shape == (50_000, 2, 5)
+    assert draws.dtype == torch.float32
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    probs = logits.sigmoid()
+    error = (probs * (1 - probs) / 1e5).sqrt()
+    # Five standard errors on each of five: failure rate 3e-6.
+    assert ((draws.mean((0, 1)) - probs).abs() < 5 * error).all()
+
+
 def test_missing_pixels_count_for_nothing() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 784, dtype=torch.double, requires_grad=True)
