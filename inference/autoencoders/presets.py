@@ -128,8 +128,8 @@ _GUIDES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-#: Of single presets. With many epochs the guide's gap on new images grows, not that on the images
-#: it has learned from; by draws of the model it grows less.
+#: Of single presets. After many epochs a guide's gap is larger on new images than on those that it
+#: has learned from; where it learns by draws of the model too, less so.
 _OF_PRESET: dict[str, dict[str, Any]] = {"sbmnist-mlp-implicit": {"fantasy_share": 0.25}}
 
 #: What was measured, by preset.
