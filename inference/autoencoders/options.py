@@ -89,10 +89,12 @@ class Config:
     batch_size: int = 128
     """Data points of a minibatch."""
     fantasy_share: float = 0.0
-    """Share of them that gives way to draws of the model, in [0, 1), by which the guide learns and
-    the model does not: a guide that sees the same images again and again learns them by heart."""
+    """Share of a minibatch that gives way to draws of the model, in [0, 1), by which the guide
+    learns and the model does not: a guide that sees the same images again and again learns them by
+    heart."""
     fantasy_start: int = 16_000
-    """Step from which it does. A short run sees each image too few times for that."""
+    """Step from which there are such draws. A short run sees each image too few times to need
+    them."""
     learning_rate: float = 5e-4
     """Step size of Adam."""
     decoder_learning_rate: float | None = None
