@@ -18,9 +18,6 @@ from models.vae import VAE, held_fixed, with_fantasies
 
 __all__ = ["TwoLevelDecoder", "TwoLevelVAE"]
 
-#: Of a Normal.
-_MOMENTS = ("loc", "scale")
-
 
 class TwoLevelDecoder(nn.Module):
     r"""The generative networks: :math:`p(z_1 \mid z_2)`, a Normal, and :math:`p(x \mid z_1)`.
@@ -95,8 +92,8 @@ class TwoLevelVAE(VAE):
             if fantasies is not None:
                 # One site of the guide, so one of the model.
                 fixed = held_fixed(self.decoder.prior, second[..., len(x) :, :])
-                bases = prior.base_dist, fixed.base_dist
-                loc, scale = (torch.cat([getattr(b, n) for b in bases], -2) for n in _MOMENTS)
+                loc = torch.cat([prior.base_dist.loc, fixed.base_dist.loc], -2)
+                scale = torch.cat([prior.base_dist.scale, fixed.base_dist.scale], -2)
                 prior = dist.Normal(loc, scale, validate_args=False).to_event(1)
             first = pyro.sample("z1", prior)
         self.observe(x, fantasies, first, rows)

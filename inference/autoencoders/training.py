@@ -125,11 +125,11 @@ class Training:
         """
         config = self.config
         x = self.data.minibatch(self.steps_done).to(config.device)
-        fantasies = None
+        count, fantasies = len(x), None
         if config.fantasies and self.steps_done >= config.fantasy_start:
             x = x[: -config.fantasies]
             fantasies = self.vae.draw(config.fantasies, x)
-        args, count = (x, self.beta, fantasies), config.batch_size
+        args = x, self.beta, fantasies
         for group, rate in zip(self.optim.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.decay
         loss: float | Tensor

@@ -125,8 +125,7 @@ def toy_comparison(vaes: Sequence[tuple[str, VAE]], x: Tensor) -> Figure:
     figure, axes = subplots(len(vaes), 3)
     for row, (name, vae) in enumerate(vaes):
         first, second, third = axes[3 * row : 3 * row + 3]
-        prior = vae.prior(x).sample(torch.Size((len(x),)))
-        scatter(first, vae.decoder(prior).sample(), title=f"{name}: samples", limit=5.5)
+        scatter(first, vae.draw(len(x), x), title=f"{name}: samples", limit=5.5)
         latent = vae.posterior(x).sample()
         scatter(second, latent, title="aggregate posterior", limit=4, colour="C3")
         posterior_of_points(third, vae, x[:4], title="guide of 4 points, exact contours")

@@ -24,6 +24,7 @@ from models.toy import NormalDecoder
 from models.two_level_vae import TwoLevelDecoder, TwoLevelVAE
 from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
+from tests.models import test_vae
 from tests.models.test_guides import disturb
 from tests.pyro_ardae.oracle import Oracle
 
@@ -52,12 +53,6 @@ def two_levels(kind: str) -> TwoLevelVAE:
         second_head=head(kind),
         latent_dim=LATENT,
     )
-
-
-def one_level() -> VAE:
-    trunk = MLP((DATA, FEATURES), activate_output=True)
-    decoder = NormalDecoder(LATENT, DATA, hidden_dims=(8,))
-    return VAE(trunk, head("gaussian"), decoder, latent_dim=LATENT)
 
 
 def auxiliary() -> AuxiliaryVAE:
@@ -188,7 +183,7 @@ def test_conditional_draws_of_two_levels_start_as_the_normals(float64: None) -> 
 
 
 BUILD: dict[str, Callable[[], VAE]] = {
-    "one level": one_level,
+    "one level": lambda: test_vae.make(GaussianGuide(test_vae.FEATURES, test_vae.LATENT)),
     "two levels": partial(two_levels, "gaussian"),
     "auxiliary": auxiliary,
 }
