@@ -81,7 +81,7 @@ class Step:
     batch_size: int = 128
     """Data points of a minibatch."""
     rows: tuple[str, ...] = ()
-    """MNIST presets to time instead of the two variants."""
+    """MNIST presets, each with options of it or none, to time instead of the two variants."""
     device: str = "cpu"
     """Torch device of the rows."""
     seed: int = 0

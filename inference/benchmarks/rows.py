@@ -1,11 +1,12 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Milliseconds of a training step of rows of the VAE benchmark, model and score apart."""
+"""Rows of the VAE benchmark, and milliseconds of their training steps, model and score apart."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import pyro
 import torch
+import tyro
 from torch import Tensor
 
 from inference.autoencoders.data import Dataset
@@ -22,9 +24,30 @@ from inference.shared.errors import UserError
 from inference.shared.precision import process_precision
 from pyro_ardae import TraceImplicit_ELBO
 
-__all__ = ["Clock", "bench_rows", "describe_rows", "step_times"]
+__all__ = ["Clock", "baseline", "bench_rows", "config_of", "describe_rows", "step_times"]
 
 Clock = Literal["wall", "cpu"]
+
+
+def config_of(row: str) -> Config:
+    """The options of a row: those of a preset, and what is changed of them.
+
+    :param str row: as in ``"sbmnist-mlp-implicit --fantasy-share 0"``.
+    :raises UserError: if it does not start with the name of an MNIST preset.
+    :raises SystemExit: for an option that ``inference.vae`` does not have.
+    """
+    name, *changes = shlex.split(row) or [""]
+    if name not in PRESETS or PRESETS[name][1].data == "25gaussians":
+        raise UserError(
+            "--rows: expected MNIST presets of inference.vae, each with options of it or none, "
+            f"found {row!r}"
+        )
+    return tyro.cli(Config, args=changes, default=PRESETS[name][1], prog=f"--rows {name}")
+
+
+def baseline(row: str) -> str:
+    """The row with the Gaussian guide of the same data and architecture."""
+    return f"{config_of(row).task}-gaussian"
 
 
 class _Stopwatch:
@@ -142,7 +165,7 @@ def bench_rows(
 ) -> dict[str, Any]:
     """Times training steps of presets that take turns in one process.
 
-    :param tuple[str, ...] rows: names of MNIST presets.
+    :param tuple[str, ...] rows: as for :func:`config_of`.
     :param int steps: timed steps of each.
     :param int warmup: steps of each before the clock runs.
     :param int batch_size: images of a minibatch.
@@ -151,15 +174,11 @@ def bench_rows(
     :param int seed: seed of weights, data and noise.
     :returns: for each row ``ms`` a step, ``score_ms`` of it in the score estimators, medians, and
         ``ratio`` to the row of the Gaussian guide and the same networks, where that is among them.
-    :raises UserError: for a name that is no MNIST preset.
+    :raises UserError: for a row that is none.
     """
-    known = [name for name, (_, config) in PRESETS.items() if config.data != "25gaussians"]
-    unknown = [name for name in rows if name not in known]
-    if unknown:
-        raise UserError(f"--rows: expected MNIST presets, found {', '.join(unknown)}")
     options = {"batch_size": batch_size, "precision": precision, "device": device, "seed": seed}
     times = step_times(
-        {name: dataclasses.replace(PRESETS[name][1], **options) for name in rows},
+        {name: dataclasses.replace(config_of(name), **options) for name in rows},
         lambda config: _Fixed(config.batch_size, config.device),
         steps=steps,
         warmup=warmup,
@@ -171,9 +190,8 @@ def bench_rows(
     for name, (total, score) in times.items():
         figures["rows"][name] = {"ms": total, "score_ms": score}
     for name, of_row in figures["rows"].items():
-        gaussian = f"{PRESETS[name][1].task}-gaussian"
-        if gaussian in figures["rows"]:
-            of_row["ratio"] = of_row["ms"] / figures["rows"][gaussian]["ms"]
+        if baseline(name) in figures["rows"]:
+            of_row["ratio"] = of_row["ms"] / figures["rows"][baseline(name)]["ms"]
     return {**figures, "steps": steps, "device": device, "torch": torch.__version__}
 
 

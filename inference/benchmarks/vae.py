@@ -4,12 +4,13 @@
 """Trains VAE presets at one wall-clock budget each and compares them: ``python -m inference.bench
 vae``.
 
-For each row, a preset of ``inference.vae``, it first measures the milliseconds of a training step,
-model and score estimator apart, all rows taking turns in one process. The number of steps of a run
-is what the budget holds at that rate, with a tenth kept back for validations, and the preset's
-schedule is stretched to it. With a clock on the wall the run also ends with the budget; CPU time is
-only what steps are timed in. Each is evaluated by importance sampling on the test images and by
-annealed importance sampling on a random subset (:mod:`inference.autoencoders.tight`).
+For each row, a preset of ``inference.vae`` with options of it or none, it first measures the
+milliseconds of a training step, model and score estimator apart, all rows taking turns in one
+process. The number of steps of a run is what the budget holds at that rate, with a tenth kept back
+for validations, and the preset's schedule is stretched to it. With a clock on the wall the run also
+ends with the budget; CPU time is only what steps are timed in. Each is evaluated by importance
+sampling on the test images and by annealed importance sampling on a random subset
+(:mod:`inference.autoencoders.tight`).
 
 The folder holds a run folder for each row and seed, ``config.json`` with what they have in common,
 ``steps.csv``, ``results.csv`` and ``table.md`` (:mod:`inference.benchmarks.vae_table`). The same
@@ -30,10 +31,17 @@ import pyro
 import tyro
 
 from inference.autoencoders.evaluation import describe_tight, evaluate_tight, restore
-from inference.autoencoders.presets import PRESETS, Config, build_data
+from inference.autoencoders.presets import PRESETS, Config, build_data, check
 from inference.autoencoders.tight import Tight, check_tight
-from inference.benchmarks.rows import Clock, step_times
-from inference.benchmarks.vae_table import STEP_COLUMNS, collect, read_steps, table, write_results
+from inference.benchmarks.rows import Clock, config_of, step_times
+from inference.benchmarks.vae_table import (
+    STEP_COLUMNS,
+    collect,
+    folder_name,
+    read_steps,
+    table,
+    write_results,
+)
 from inference.shared.errors import UserError, check_device, check_options, positive, some_seeds
 from inference.shared.rows import write_rows
 from inference.shared.run import RunFolder, make_folder
@@ -50,7 +58,8 @@ class Vae:
     """Trains VAE presets at one wall-clock budget each and compares them."""
 
     rows: tuple[str, ...] = ("sbmnist-mlp-gaussian", "sbmnist-mlp-implicit")
-    """Presets of inference.vae."""
+    """Presets of inference.vae, each with options of it or none:
+    "sbmnist-mlp-implicit --fantasy-share 0"."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each."""
     budget_seconds: float = 3600.0
@@ -85,7 +94,7 @@ def _step_times(options: Vae) -> dict[str, dict[str, float]]:
     """Milliseconds of a step of each row: all, in the score estimators, the rest."""
     changes = {"device": options.device, "data_dir": options.data_dir}
     times = step_times(
-        {row: dataclasses.replace(PRESETS[row][1], **changes) for row in options.rows},
+        {row: dataclasses.replace(config_of(row), **changes) for row in options.rows},
         build_data,
         steps=options.timed_steps,
         warmup=options.warmup,
@@ -100,9 +109,7 @@ def _step_times(options: Vae) -> dict[str, dict[str, float]]:
 
 def bench_vae(options: Vae) -> Path:
     """Runs what the folder lacks, then writes the table; returns the folder."""
-    unknown = ", ".join(row for row in options.rows if row not in PRESETS)
-    if unknown or not options.rows:
-        raise UserError(f"--rows: expected presets of inference.vae, found {unknown or 'none'}")
+    _check_rows(options.rows)
     check_device(options.device)
     check_tight(options.tight)
     conditions = positive(options, "steps", "budget_seconds", "timed_steps")
@@ -137,6 +144,23 @@ def bench_vae(options: Vae) -> Path:
     return options.out
 
 
+def _check_rows(rows: tuple[str, ...]) -> None:
+    """Refuses rows that cannot run, change what the benchmark itself sets, or share a folder."""
+    if not rows:
+        raise UserError("--rows: expected one at least, found none")
+    for row in rows:
+        config, preset = config_of(row), PRESETS[row.split()[0]][1]
+        for name in _SET_HERE:
+            if getattr(config, name) != getattr(preset, name):
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"--rows: expected {option} of the benchmark alone, found it in {row!r}"
+                )
+        check(config)
+    if len({folder_name(row, 0) for row in rows}) < len(rows):
+        raise UserError(f"--rows: expected different ones, found {', '.join(map(repr, rows))}")
+
+
 def _budget(options: Vae) -> str:
     """What each run has, in words."""
     wall = f"{options.budget_seconds:g} s"
@@ -161,7 +185,7 @@ def _settle(options: Vae) -> None:
 
 
 def _folder(options: Vae, row: str, seed: int) -> Path:
-    return options.out / f"{row}-seed{seed}"
+    return options.out / folder_name(row, seed)
 
 
 def _train(path: Path, row: str, seed: int, step_ms: float, options: Vae) -> None:
@@ -174,9 +198,9 @@ def _train(path: Path, row: str, seed: int, step_ms: float, options: Vae) -> Non
         schedule = {name: recorded[name] for name in _SCHEDULE}
     else:
         fitting = int(STEP_SHARE * 1e3 * options.budget_seconds / step_ms)
-        schedule = _stretched(PRESETS[row][1], max(1, options.steps or fitting))
+        schedule = _stretched(config_of(row), max(1, options.steps or fitting))
     config = dataclasses.replace(
-        PRESETS[row][1],
+        config_of(row),
         **schedule,
         seed=seed,
         budget_seconds=options.budget_seconds if options.clock == "wall" else None,
@@ -190,6 +214,12 @@ def _train(path: Path, row: str, seed: int, step_ms: float, options: Vae) -> Non
     pyro.clear_param_store()
     run(config)
 
+
+#: Options of a run that are the benchmark's to set.
+_SET_HERE = (
+    *("seed", "steps", "budget_seconds", "threads", "device", "data_dir", "out", "resume"),
+    *("test_points", "test_samples"),
+)
 
 #: Options that are counted in steps, and stretched with their number.
 _SCHEDULE = ("steps", "beta_steps", "decay_start", "decay_steps", "valid_every", "checkpoint_every")

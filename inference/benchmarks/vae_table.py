@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from inference.autoencoders.options import BOUNDED
-from inference.autoencoders.presets import PRESETS
 from inference.autoencoders.tight import load, paired
+from inference.benchmarks.rows import baseline, config_of
 from inference.shared.errors import UserError
 from inference.shared.rows import Row, write_rows
 from inference.shared.run import read_metrics
@@ -25,8 +26,8 @@ from inference.shared.run import read_metrics
 __all__ = [
     "COLUMNS",
     "STEP_COLUMNS",
-    "baseline",
     "collect",
+    "folder_name",
     "read_steps",
     "table",
     "write_results",
@@ -65,16 +66,16 @@ def read_steps(path: Path) -> dict[str, dict[str, float]]:
         ) from None
 
 
-def baseline(row: str) -> str:
-    """The row with the Gaussian guide of the same data and architecture."""
-    return f"{PRESETS[row][1].task}-gaussian"
+def folder_name(row: str, seed: int) -> str:
+    """Name of the run folder: the row's own, with a hyphen for all that is no part of a word."""
+    return re.sub(r"[^\w.]+", "-", row) + f"-seed{seed}"
 
 
 def collect(out: Path, runs: Sequence[Key], steps: Mapping[str, Row]) -> dict[Key, Row]:
     """The figures of finished and evaluated runs."""
     result: dict[Key, Row] = {}
     for row, seed in runs:
-        run, config = out / f"{row}-seed{seed}", PRESETS[row][1]
+        run, config = out / folder_name(row, seed), config_of(row)
         found: dict[str, Any] = json.loads((run / "results.json").read_text())
         arrays = load(run)
         valid = [value for value in read_metrics(run)["valid_log_px"] if not math.isnan(value)]
@@ -91,7 +92,7 @@ def collect(out: Path, runs: Sequence[Key], steps: Mapping[str, Row]) -> dict[Ke
         }
         other = (baseline(row), seed)
         if other in runs and other != (row, seed):
-            mean, error = paired(arrays, load(out / f"{other[0]}-seed{seed}"))
+            mean, error = paired(arrays, load(out / folder_name(*other)))
             figures |= {"against_gaussian": mean, "against_gaussian_se": error}
         result[(row, seed)] = figures
     return result
@@ -164,8 +165,8 @@ def _difference(out: Path, row: str, seeds: Sequence[int], results: Mapping[Key,
         return ""
     differences = np.stack(
         [
-            load(out / f"{row}-seed{seed}")["log_px"]
-            - load(out / f"{baseline(row)}-seed{seed}")["log_px"]
+            load(out / folder_name(row, seed))["log_px"]
+            - load(out / folder_name(baseline(row), seed))["log_px"]
             for seed in shared
         ]
     )

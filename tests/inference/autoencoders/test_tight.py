@@ -21,6 +21,7 @@ from torch.distributions import Distribution, MultivariateNormal
 from inference.autoencoders.plane_posterior import PlanePosterior, plane_posterior
 from inference.autoencoders.tight import Tight, load, paired, save, summary, tight_evaluation
 from inference.shared.errors import UserError
+from inference.shared.run import RunFolder
 from models.guides import DeviatingGuide, GaussianGuide
 from models.vae import VAE
 from tests.inference.conftest import TINY, Program
@@ -192,7 +193,7 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     program: Program, sample_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bench"
-    rows = ("sbmnist-mlp-gaussian", "sbmnist-mlp-implicit", "sbmnist-mlp-sivi")
+    rows = ("sbmnist-mlp-gaussian", "sbmnist-mlp-implicit", "sbmnist-mlp-sivi --gain 0.5")
     options = ("--steps", 2, "--timed-steps", 1, "--warmup", 2, "--test-points", 8)
     options += ("--test-samples", 4, *SMALL, "--data-dir", sample_dir, "--out", out)
     program("bench", "vae", "--rows", rows[0], "--seeds", 0, *options)
@@ -206,6 +207,7 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     with (out / "results.csv").open() as file:
         gaussian, implicit, sivi = csv.DictReader(file)
     assert [gaussian["row"], implicit["row"], sivi["row"]] == [*rows]
+    assert RunFolder.read_config(out / "sbmnist-mlp-sivi-gain-0.5-seed0")["gain"] == 0.5
     # The last one's density is a bound, and its gap another.
     assert [gaussian["density"], implicit["density"], sivi["density"]] == ["1", "0", "0"]
     assert float(gaussian["score_ms"]) == 0 < float(implicit["score_ms"])
@@ -220,6 +222,24 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     assert "budget_seconds is 3600.0 in the run, 9.0 here" in capsys.readouterr().err
 
 
-def test_bench_vae_refuses_unknown_rows(program: Program, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["nothing"], "expected MNIST presets of inference.vae, each with options of it or none"),
+        (["25gaussians-implicit"], "found '25gaussians-implicit'"),
+        (["sbmnist-mlp-implicit --steps 9"], "expected --steps of the benchmark alone"),
+        (["sbmnist-mlp-implicit --fantasy-share 2"], "--fantasy-share"),
+        (["sbmnist-mlp-gaussian"] * 2, "expected different ones"),
+    ],
+)
+def test_bench_vae_refuses_rows(
+    rows: list[str],
+    message: str,
+    program: Program,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
-        program("bench", "vae", "--rows", "nothing", "--out", tmp_path / "bench")
+        program("bench", "vae", "--rows", *rows, "--out", tmp_path / "bench")
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "bench").exists()
