@@ -153,9 +153,7 @@ def _check_rows(rows: tuple[str, ...]) -> None:
         for name in _SET_HERE:
             if getattr(config, name) != getattr(preset, name):
                 option = f"--{name.replace('_', '-')}"
-                raise UserError(
-                    f"--rows: expected {option} of the benchmark alone, found it in {row!r}"
-                )
+                raise UserError(f"--rows: expected no {option} in a row, found it in {row!r}")
         check(config)
     if len({folder_name(row, 0) for row in rows}) < len(rows):
         raise UserError(f"--rows: expected different ones, found {', '.join(map(repr, rows))}")
@@ -218,7 +216,7 @@ def _train(path: Path, row: str, seed: int, step_ms: float, options: Vae) -> Non
 #: Options of a run that are the benchmark's to set.
 _SET_HERE = (
     *("seed", "steps", "budget_seconds", "threads", "device", "data_dir", "out", "resume"),
-    *("test_points", "test_samples"),
+    *("schedule", "test_points", "test_samples"),
 )
 
 #: Options that are counted in steps, and stretched with their number.

@@ -227,7 +227,7 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     [
         (["nothing"], "expected MNIST presets of inference.vae, each with options of it or none"),
         (["25gaussians-implicit"], "found '25gaussians-implicit'"),
-        (["sbmnist-mlp-implicit --steps 9"], "expected --steps of the benchmark alone"),
+        (["sbmnist-mlp-implicit --steps 9"], "expected no --steps in a row"),
         (["sbmnist-mlp-implicit --fantasy-share 2"], "--fantasy-share"),
         (["sbmnist-mlp-gaussian"] * 2, "expected different ones"),
     ],
