@@ -149,7 +149,8 @@ def _check_rows(rows: tuple[str, ...]) -> None:
     if not rows:
         raise UserError("--rows: expected one at least, found none")
     for row in rows:
-        config, preset = config_of(row), PRESETS[row.split()[0]][1]
+        config = config_of(row)
+        preset = PRESETS[config.preset][1]
         for name in _SET_HERE:
             if getattr(config, name) != getattr(preset, name):
                 option = f"--{name.replace('_', '-')}"
