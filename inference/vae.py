@@ -72,7 +72,8 @@ def train(training: Training, folder: RunFolder) -> None:
     config = training.config
     budget = config.budget_seconds if config.budget_seconds is not None else float("inf")
     started = time.perf_counter() - training.seconds
-    progress = tqdm(total=config.steps, initial=training.steps_done, unit="step", mininterval=1.0)
+    total = config.steps if config.budget_seconds is None else None  # else the time ends it
+    progress = tqdm(total=total, initial=training.steps_done, unit="step", mininterval=1.0)
     with progress:
         while training.steps_done < config.steps and training.seconds < budget:
             beta = training.beta

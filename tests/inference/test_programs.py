@@ -180,7 +180,7 @@ def test_evaluation_does_not_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_demo(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("--test-points", 8, "--test-samples", 4)
-    program("demo", "--budget-seconds", 0.05, *small, "--out", tmp_path / "demo")
+    program("demo", "--steps", 2, *small, "--out", tmp_path / "demo")
     shown = capsys.readouterr().out
     assert "implicit" in shown
     assert "gaussian" in shown
