@@ -63,7 +63,7 @@ __all__ = ["Options", "evaluate", "main", "train"]
 _UNREAD = (
     *("env", "steps", "num_envs", "seed", "device", "threads", "out", "resume", "eval_every"),
     *("eval_episodes", "checkpoint_every", "save_buffer", "record_video", "buffer_size"),
-    *("learning_starts", "gamma", "tau", "learning_rate", "policy_delay", "alpha"),
+    *("learning_starts", "gamma", "tau", "learning_rate", "alpha"),
     *("target_entropy", "subtract_entropy_mean"),
 )
 

@@ -215,10 +215,20 @@ class ImplicitActor(nn.Module):
         return self._draw(encoded, self.choose(encoded, num_draws), self.noise(obs, num_draws))
 
     def center(self, obs: Tensor) -> Tensor:
-        """The z of the likeliest part without other noise, ``[*batch, D]``."""
+        """The z of the policy's mode ``[*batch, D]``, each part taken for a normal: from the part's
+        location where the density is highest, one step of the fixed-point iteration that climbs it
+        (Carreira-Perpinan 2000).
+        """
         encoded = self.encode(obs)
-        part = encoded.log_weights.argmax(-1).unsqueeze(0)
-        return self._draw(encoded, part, torch.zeros_like(self.noise(obs)))[0]
+        parts = torch.arange(self.num_parts, device=obs.device).view(-1, *[1] * (obs.ndim - 1))
+        loc, log_scale = self.place(encoded, parts.expand(-1, *obs.shape[:-1]))
+        precision = (-2 * log_scale).exp()
+        # [C, C, *batch]: what each part adds to the density at each location.
+        distance = (precision * (loc.unsqueeze(1) - loc).square()).sum(-1)
+        terms = encoded.log_weights.movedim(-1, 0) - log_scale.sum(-1) - 0.5 * distance
+        best = terms.logsumexp(1).argmax(0).expand(1, self.num_parts, *obs.shape[:-1])
+        weight = terms.gather(0, best)[0].softmax(0).unsqueeze(-1) * precision
+        return encoded.loc + encoded.log_scale.exp() * (weight * loc).sum(0) / weight.sum(0)
 
 
 class _Bounded(torch.autograd.Function):

@@ -74,14 +74,9 @@ class Agent:
             self.critic_optimizer = torch.optim.Adam(learning, rate, fused=True)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of critics and temperature, and of score and policy if they are due; returns
-        scalars, detached.
-        """
-        due = self.updates % self.config.policy_delay == 0
-        proposal = self.policy.fit(batch.obs) if due else None
-        metrics = self.update_critic(batch)
-        if due:
-            metrics |= self.update_actor(batch.obs, proposal)
+        """One update of score, critics, temperature and policy; returns scalars, detached."""
+        proposal = self.policy.fit(batch.obs)
+        metrics = self.update_critic(batch) | self.update_actor(batch.obs, proposal)
         self.updates += 1
         return metrics
 

@@ -99,8 +99,6 @@ class Config:
     """Step size of Adam for critics and temperature."""
     actor_learning_rate: float = 3e-4
     """Step size of Adam for the actor."""
-    policy_delay: int = 1
-    """Updates of the critics to one of actor and score."""
     hidden_dims: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers of critics and actor."""
 
@@ -182,9 +180,6 @@ TASKS = {
     "pyro_ardae/MultiGoal-v0": "multigoal",
 }
 
-#: Tasks whose episodes end in a fall.
-FALLS = ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
-
 _DESCRIPTIONS = {
     "sac": "Gaussian policy",
     "sac-nf": "normalizing-flow policy",
@@ -194,9 +189,6 @@ _DESCRIPTIONS = {
 
 def _preset(env: str, agent: AgentName) -> Config:
     config = Config(env=env, agent=agent)
-    if agent == "sac-ardae" and env in FALLS:
-        # With a step for each of the critics' it outran them on Hopper, on two seeds of two.
-        config = dataclasses.replace(config, policy_delay=2, actor_learning_rate=2e-4)
     if env == "Pendulum-v1":
         config = dataclasses.replace(config, steps=10_000, learning_starts=500, eval_every=1000)
     if env == "pyro_ardae/MultiGoal-v0":
@@ -244,7 +236,7 @@ def check(config: Config) -> None:
         *positive(
             config,
             *("steps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "threads"),
-            *("learning_rate", "actor_learning_rate", "policy_delay", "noise_dim"),
+            *("learning_rate", "actor_learning_rate", "noise_dim"),
             *("score_depth", "score_learning_rate", "score_steps"),
         ),
         (config.learning_starts >= 0, "learning-starts", "no negative number"),

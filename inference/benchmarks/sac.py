@@ -5,9 +5,8 @@
 
 What ``python -m inference.bench sac`` runs: on the shapes of HalfCheetah (17 observations, 6
 actions, batch 256), with transitions of noise, all in one process and taking turns, so that a slow
-moment of the machine meets all of them. An update is drawing a batch, one step of each network that
-is due, and one of the targets; a turn is as many updates as it takes until all were due. The agents
-have the options of their presets for a task, HalfCheetah by default, and Stable-Baselines3 its
+moment of the machine meets all of them. An update is drawing a batch, one step of each network,
+and one of the targets. The agents have the options of their presets, and Stable-Baselines3 its
 defaults, which are the same sizes.
 """
 
@@ -19,13 +18,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from inference.agents.agent import Agent
-from inference.agents.presets import PRESETS, TASKS, AgentName, build_critic, build_policy
+from inference.agents.presets import PRESETS, AgentName, build_critic, build_policy
 from inference.agents.replay import Batch, Replay
 from inference.shared.errors import UserError, check_options
 
@@ -38,12 +37,10 @@ OBS_DIM, ACTION_DIM, TRANSITIONS = 17, 6, 5000
 class Sac:
     """Times one soft actor-critic update of each agent and of Stable-Baselines3's."""
 
-    task: str = "halfcheetah"
-    """Task whose presets the agents have; the shapes are those of HalfCheetah for all."""
     updates: int = 200
-    """Timed turns of each; a turn is --policy-delay updates."""
+    """Timed updates of each; they take turns."""
     warmup: int = 30
-    """Turns of each before the clock runs."""
+    """Updates of each before the clock runs."""
     clock: Literal["wall", "cpu"] = "wall"
     """What is measured: wall-clock time, or this process's CPU time, which on one thread is the
     wall-clock of an idle core."""
@@ -69,14 +66,9 @@ def _transitions(count: int) -> Batch:
     )
 
 
-class _Job(NamedTuple):
-    update: Callable[[], Any]
-    turn: int
-
-
-def _build(name: AgentName, options: Sac) -> _Job:
+def _build(name: AgentName, options: Sac) -> Callable[[], Any]:
     config = dataclasses.replace(
-        PRESETS[f"{options.task}-{name}"][1],
+        PRESETS[f"halfcheetah-{name}"][1],
         batch_size=options.batch_size,
         precision=options.precision,
     )
@@ -84,10 +76,10 @@ def _build(name: AgentName, options: Sac) -> _Job:
     agent = Agent(build_policy(*shape), build_critic(*shape), config)
     replay = Replay(TRANSITIONS, OBS_DIM, ACTION_DIM)
     replay.add(_transitions(TRANSITIONS))
-    return _Job(lambda: agent.update(replay.sample(options.batch_size)), config.policy_delay)
+    return lambda: agent.update(replay.sample(options.batch_size))
 
 
-def _build_sb3(options: Sac) -> _Job:
+def _build_sb3(options: Sac) -> Callable[[], Any]:
     try:
         import gymnasium
         from stable_baselines3 import SAC
@@ -117,14 +109,11 @@ def _build_sb3(options: Sac) -> _Job:
     for index in range(TRANSITIONS):
         obs, action, reward, next_obs, done = (part[index : index + 1].numpy() for part in rows)
         model.replay_buffer.add(obs, next_obs, action, reward, done, [{}])  # type: ignore[union-attr]
-    return _Job(lambda: model.train(1, options.batch_size), 1)
+    return lambda: model.train(1, options.batch_size)
 
 
 def bench_sac(options: Sac) -> dict[str, Any]:
     """Runs the benchmark; returns its figures: median milliseconds of an update, and ratios."""
-    if options.task not in TASKS.values():
-        known = ", ".join(TASKS.values())
-        raise UserError(f"--task: expected one of {known}, found {options.task}")
     check_options(
         options,
         (
@@ -139,19 +128,17 @@ def bench_sac(options: Sac) -> dict[str, Any]:
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for index in range(options.warmup + options.updates):
-        for name, job in jobs.items():
+        for name, update in jobs.items():
             start = clock()
-            for _ in range(job.turn):
-                job.update()
+            update()
             if index >= options.warmup:
-                times[name].append((clock() - start) / job.turn)
+                times[name].append(clock() - start)
     median = {name: statistics.median(values) for name, values in times.items()}
     return {
         "ms": {name: 1e3 * value for name, value in median.items()},
         "ratio_to_sb3": {
             name: value / median["sb3"] for name, value in median.items() if name != "sb3"
         },
-        "task": options.task,
         "updates": options.updates,
         "batch_size": options.batch_size,
         "clock": options.clock,

@@ -227,7 +227,6 @@ def test_errors_end_in_one_line(
             ("bench", "learn", "--agents", "sb3", "--steps", 0),
             "--steps: expected a positive number",
         ),
-        (("bench", "sac", "--task", "chess"), "--task: expected one of pendulum"),
     ]
     config = (run / "config.json").read_text()
     capsys.readouterr()
@@ -314,13 +313,10 @@ def test_bench_learn_resumes(
     assert "tau is 0.005 in the run, 0.1 here" in capsys.readouterr().err.replace("\n", " ")
 
 
-@pytest.mark.parametrize("task", ["halfcheetah", "hopper"])
-def test_bench_sac(
-    task: str, program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_sac(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bench.json"
     small = ("--updates", 2, "--warmup", 1, "--batch-size", 8)
-    program("bench", "sac", "--task", task, *small, "--json", path)
+    program("bench", "sac", *small, "--json", path)
     figures = json.loads(path.read_text())
     assert figures["ms"].keys() == {"sb3", *AGENTS}
     assert figures["ratio_to_sb3"].keys() == {*AGENTS}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch.distributions import Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from models.implicit_actor import ImplicitActor, PartPosterior
 
@@ -84,9 +84,33 @@ def test_parts_have_their_probability(standard_errors: Callable[[int], float]) -
     share = torch.bincount(actor.choose(encoded, count).flatten(), minlength=8) / count
     error = (exact * (1 - exact) / count).sqrt()
     assert ((share - exact).abs() < standard_errors(8) * error).all()
-    # Without noise: the likeliest part.
-    still = torch.zeros(1, 1, actor.noise_dim + 3)
-    assert torch.equal(actor.center(obs), actor(obs, torch.tensor([[5]]), still)[0])
+
+
+@pytest.mark.usefixtures("float64")
+def test_center_climbs_from_the_highest_of_the_parts_locations() -> None:
+    actor = ImplicitActor(3, 2)
+    for parameter in (actor.side.weight, actor.of_part.weight, actor.trunk.flat):
+        torch.nn.init.normal_(parameter, std=0.1)
+    obs = torch.randn(2, 50, 3)
+    encoded = actor.encode(obs)
+    parts = torch.arange(16).view(16, 1, 1).expand(16, 2, 50)
+    loc, log_scale = (of.movedim(0, -2) for of in actor.place(encoded, parts))
+    components = Independent(Normal(loc, log_scale.exp()), 1)
+    mixture = MixtureSameFamily(Categorical(logits=encoded.log_weights), components)
+    found = (actor.center(obs) - encoded.loc) / encoded.log_scale.exp()
+    highest = torch.stack([mixture.log_prob(place) for place in loc.unbind(-2)]).amax(0)
+    gain = mixture.log_prob(found) - highest
+    assert gain.min() > -1e-9
+    assert (gain > 1e-3).any()
+    assert actor.center(obs[0]).allclose(actor.center(obs)[0])
+    # Not between two parts that are far apart, but at the one with the larger share of the draws.
+    far = ImplicitActor(3, 1, part_bits=1)
+    with torch.no_grad():
+        far.spots.fill_(20.0)
+        far.trunk.layers[-1][..., 2:4] = torch.tensor([0.0, 1.0])
+        encoded = far.encode(obs)
+        expected = encoded.loc + encoded.log_scale.exp() * far.place(encoded, parts[1])[0]
+    assert far.center(obs).allclose(expected)
 
 
 @pytest.mark.usefixtures("float64")

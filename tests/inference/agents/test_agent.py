@@ -444,7 +444,6 @@ def test_state_resumes_bit_for_bit(name: Any, auto_alpha: bool) -> None:
     config = Config(
         agent=name,
         auto_alpha=auto_alpha,
-        policy_delay=3,
         subtract_entropy_mean=True,
         **SMALL,  # type: ignore[arg-type]
     )
@@ -480,23 +479,6 @@ def test_only_the_actor_learns_in_its_step(name: Any) -> None:
     metrics = agent.update(batch(8))
     assert all(torch.isfinite(value) for value in metrics.values())
     assert all(not p.requires_grad for p in agent.target_critic.parameters())
-
-
-@pytest.mark.parametrize("name", ["sac", "sac-nf", "sac-ardae"])
-def test_the_policy_waits_for_its_turn(name: Any) -> None:
-    config = Config(agent=name, policy_delay=3, **SMALL)  # type: ignore[arg-type]
-    agent = Agent(build_policy(config, 3, 2), TwinCritic(3, 2, hidden_dims=(8,)), config)
-
-    def weights(module: nn.Module) -> Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-
-    for index in range(7):
-        policy, critic = weights(agent.policy), weights(agent.critic)
-        metrics = agent.update(batch(8))
-        due = index % 3 == 0
-        assert torch.equal(weights(agent.policy), policy) != due
-        assert ("q_policy" in metrics) == due
-        assert not torch.equal(weights(agent.critic), critic)
 
 
 def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
@@ -541,7 +523,6 @@ def test_the_score_comes_from_the_estimator_of_the_elbo() -> None:
         ({"checkpoint_every": 0}, "--checkpoint-every: expected a positive number"),
         ({"learning_rate": 0.0}, "--learning-rate: expected a positive number"),
         ({"actor_learning_rate": 0.0}, "--actor-learning-rate: expected a positive number"),
-        ({"policy_delay": 0}, "--policy-delay: expected a positive number"),
         ({"noise_dim": 0}, "--noise-dim: expected a positive number"),
     ],
 )
