@@ -180,7 +180,7 @@ def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Pa
         error = kl.std() / len(kl) ** 0.5
         print(
             f"{run}: KL(guide || posterior) {kl.mean():.3f} ± {error:.3f} nats over {len(kl)} "
-            f"images, median {kl.median():.3f}, log p(x) by quadrature "
+            f"images, median {kl.quantile(0.5):.3f}, log p(x) by quadrature "
             f"{sum(one.log_px for one in ones) / len(ones):.3f}"
         )
     # Images by a rule: those whose posterior in the last run is farthest from a Gaussian.

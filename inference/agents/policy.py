@@ -267,7 +267,7 @@ class ImplicitPolicy(nn.Module):
         r"""How far the estimates can be trusted; all but the first given random parts.
 
         - ``score_loss``: of the last update.
-        - ``stein``: the mean of :math:`f(y)^\top (y - m) / D`, -1 for the exact score of any q, and
+        - ``stein``: the mean of :math:`-f(y)^\top (y - m) / D`, 1 for the exact score of any q, and
           ``stein_se``, its standard error over the states; m is the mean of 16 other draws.
         - ``log_z``: root mean square over states of the log of the integral of the density, by 256
           draws: how far the values are from those of a normalized one.
@@ -278,7 +278,7 @@ class ImplicitPolicy(nn.Module):
         y, others = self.actor.deviate(encoded, part, self.actor.noise(obs, 17)).split([1, 16])
         context = self._context(obs, part)
         score = self.estimator(y, y, context)[0]
-        stein = (score * (y[0] - others.mean(0))).mean(-1)
+        stein = -(score * (y[0] - others.mean(0))).mean(-1)
         return {
             "score_loss": float(self.score_loss),
             "stein": float(stein.mean()),

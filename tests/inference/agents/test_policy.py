@@ -254,7 +254,7 @@ def test_diagnostics_of_the_exact_score(standard_errors: Callable[[int], float])
     assert found["log_z"] == pytest.approx(12.5**0.5)
     # f(y) (y - m) = -x (x - m') with normal x and the mean m' of 16 others: variance 2 + 1 / 16.
     exact = (33 / 16 / 2 / count) ** 0.5
-    assert abs(found["stein"] + 1) < bound * exact
+    assert abs(found["stein"] - 1) < bound * exact
     # A chi-square's fourth moment, 15 of its squared variances with one degree, makes 8 here.
     assert abs(found["stein_se"] / exact - 1) < bound * (8 / 4 / count) ** 0.5
     # A standard deviation by 16 draws is c on average, of a variance of 1 - c^2.
