@@ -53,7 +53,7 @@ from inference.benchmarks.sac import Sac, bench_sac, describe_sac
 from inference.benchmarks.vae import Vae, bench_vae
 from inference.shared.errors import UserError, check_device, check_options, user_errors
 from inference.shared.optim import TorchOptim
-from inference.shared.process import keep_freed_memory, use_threads
+from inference.shared.process import keep_freed_memory, mujoco_warns_once, use_threads
 from pyro_ardae.score.student import Student
 
 __all__ = ["Step", "bench_step", "main"]
@@ -325,6 +325,7 @@ def _learn_main(options: Annotated[Learn, tyro.conf.arg(name="")]) -> None:
     with user_errors():
         use_threads(1)
         keep_freed_memory()
+        mujoco_warns_once()
         bench_learn(options)
 
 

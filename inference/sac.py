@@ -43,7 +43,7 @@ from inference.agents.rollout import (
     return_figures,
 )
 from inference.shared.errors import UserError, user_errors
-from inference.shared.process import keep_freed_memory, use_threads
+from inference.shared.process import keep_freed_memory, mujoco_warns_once, use_threads
 from inference.shared.randomness import load_rng_state, rng_state, seed_of
 from inference.shared.run import RunFolder, read_metrics
 from models.environments import MultiGoal
@@ -298,6 +298,7 @@ def main() -> None:
         PRESETS, prog="python -m inference.sac", description=_DESCRIPTION
     )
     keep_freed_memory()
+    mujoco_warns_once()
     with user_errors():
         use_threads(config.threads)
         run(config)
