@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.shared.process import mujoco_warns_once
+from inference.shared import process
 
 
 def test_mujoco_warns_once(
@@ -16,7 +16,8 @@ def test_mujoco_warns_once(
     mujoco = pytest.importorskip("mujoco")
     monkeypatch.chdir(tmp_path)  # by default a log file is written here
     before = mujoco.get_mju_user_warning()
-    mujoco_warns_once()
+    process._say_once.cache_clear()  # other tests may have met the same warning
+    process.mujoco_warns_once()
     say = mujoco.get_mju_user_warning()
     try:
         for text in ("one", "another", "one"):
