@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_ardae.implicit import unwrapped
-from pyro_ardae.traces import guide_draws, refuse_subsampling, run_many, unscaled_log_prob
+from pyro_ardae.traces import guide_draws, joined, refuse_subsampling, unscaled_log_prob
 from pyro_ardae.unconstrained import UnconstrainedModel
 
 __all__ = ["to_arviz"]
@@ -50,8 +50,7 @@ def to_arviz(
     ``{site}_dim_{i}`` for those of an event. Draws of a guide are independent, so r-hat and
     effective sample sizes say nothing about the quality of the guide.
 
-    The model has to broadcast over one more plate, as for ``vectorize_particles=True``. Sites of
-    the data whose values depend on the mask of a plate count 0 where masked.
+    Sites of the data whose values depend on the mask of a plate count 0 where masked.
 
     Example::
 
@@ -65,8 +64,8 @@ def to_arviz(
     :param bool prior: whether to draw the prior, which an improper one cannot be.
     :param coords: labels by dimension, e.g. ``{"school": names}``; integers from 0 where left out.
     :param dims: names of a site's dimensions, in place of those above.
-    :param bool parallel: draw from the guide in one more plate; set ``False`` for a guide that does
-        not broadcast.
+    :param bool parallel: run guide and model once for all draws, in one more plate, for which they
+        have to broadcast as for ``vectorize_particles=True``; ``False`` runs them once a draw.
     :returns: ``arviz.InferenceData`` (ArviZ 0.x), ``xarray.DataTree`` (ArviZ 1.x).
     :raises ModuleNotFoundError: if ArviZ is not installed.
     :raises ValueError: for a subsampled plate, a discrete latent site, a guide that leaves out a
@@ -74,8 +73,7 @@ def to_arviz(
     """
     if num_samples < 2:
         raise ValueError(f"num_samples: expected at least 2, got {num_samples}")
-    joint = UnconstrainedModel(model, *args, guide=guide)
-    nesting = joint.max_plate_nesting
+    joint = UnconstrainedModel(model, *args, guide=guide, parallel=parallel)
     refuse_subsampling(joint.trace)
     sites = {
         name: site
@@ -89,23 +87,32 @@ def to_arviz(
     names = _dims(sites, dims or {})
     unobserved = _Unobserved(observed)(model)
 
-    draws = guide_draws(guide, joint.sites, args, num_samples, nesting, parallel=parallel)
+    draws = guide_draws(
+        guide, joint.sites, args, num_samples, joint.max_plate_nesting, parallel=parallel
+    )
     with torch.no_grad():
-        given = run_many(poutine.condition(model, data=draws), args, num_samples, nesting)
-        values = {**draws, **{name: given.nodes[name]["value"] for name in derived}}
+        given = joint.runs(model, draws, num_samples)
+        values = {**draws, **{name: joined(_values(given, name), 0) for name in derived}}
         groups = {"posterior": _arrays(values, sites, num_samples)}
         if observed:
-            anew = run_many(poutine.condition(unobserved, data=draws), args, num_samples, nesting)
-            values = {name: anew.nodes[name]["value"] for name in observed}
+            anew = joint.runs(unobserved, draws, num_samples)
+            values = {name: joined(_values(anew, name), 0) for name in observed}
             groups["posterior_predictive"] = _arrays(values, sites, num_samples)
-            values = {name: unscaled_log_prob(given.nodes[name]) for name in observed}
+            values = {
+                name: joined([unscaled_log_prob(trace.nodes[name]) for trace in given], 0)
+                for name in observed
+            }
             groups["log_likelihood"] = _arrays(values, sites, num_samples, event=False)
             groups["observed_data"] = {name: _numpy(sites[name]["value"]) for name in observed}
         if prior:
-            first = run_many(unobserved, args, num_samples, nesting)
-            values = {name: first.nodes[name]["value"] for name in (*joint.sites, *derived)}
+            first = joint.runs(unobserved, {}, num_samples)
+            values = {name: joined(_values(first, name), 0) for name in (*joint.sites, *derived)}
             groups["prior"] = _arrays(values, sites, num_samples)
     return _build(groups, names, _coords(groups, names, coords or {}))
+
+
+def _values(traces: Sequence[poutine.Trace], name: str) -> list[Tensor]:
+    return [trace.nodes[name]["value"] for trace in traces]
 
 
 class _Unobserved(Messenger):

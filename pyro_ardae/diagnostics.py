@@ -64,7 +64,9 @@ def stein_check(
 
     with k the normal quantile for ``failure_rate`` over all sites. The standard error takes care of
     the number of draws, the tolerance of the fact that a learned score is never exact: 0.1 is a
-    guide whose width is off by about 5 % at the worst. The identity is necessary, not sufficient.
+    guide whose width is off by about 5 %, if it is so in all directions. One direction may be off
+    by more, as D others make up for it: see ``worst_direction``. The identity is necessary, not
+    sufficient.
 
     :param loss: a loss of this package that was trained on the guide.
     :param callable guide: the guide.

@@ -59,11 +59,11 @@ class _ImplicitELBO:
         retain_graph: bool | None = None,
         antithetic: bool = False,
     ) -> None:
-        if not callable(score_estimator):
+        if not callable(score_estimator) or isinstance(score_estimator, torch.nn.Module):
             raise TypeError(
                 "score_estimator: expected a callable (dim, context_dim) -> ScoreEstimator, such "
-                f"as ARDAE or functools.partial(ARDAE, hidden_dim=128), got "
-                f"{type(score_estimator).__name__}."
+                "as ARDAE or functools.partial(ARDAE, hidden_dim=128): each site gets one of "
+                f"its own; got an instance of {type(score_estimator).__name__}."
             )
         if num_score_samples is not None and num_score_samples < 2:
             raise ValueError(f"expected num_score_samples >= 2, got {num_score_samples}.")
@@ -112,9 +112,9 @@ class _ImplicitELBO:
         were made (see ``score_interval``).
 
         - ``score_loss``: the estimator's own loss; a weak monitor.
-        - ``stein``: :math:`-E[s(z)^\top (z - \bar z)] / D`, with standard error ``stein_error``.
-          It is 1 for the true score, and moves first when the estimate goes wrong. Necessary, not
-          sufficient.
+        - ``stein``: :math:`-E[s(z)^\top (z - \bar z)] / D`, with standard error ``stein_error``,
+          which a single draw does not have. It is 1 for the true score, and moves first when the
+          estimate goes wrong. Necessary, not sufficient.
         - ``mean_score``: norm of the mean score over draws and contexts, 0 for the true score up to
           sampling error.
         - ``std``: standard deviation of the draws, averaged over contexts and dimensions.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -105,7 +106,8 @@ class Implicit(TorchDistribution):
             except ValueError as error:
                 raise ValueError(
                     f"Implicit: batch shape {tuple(noise.batch_shape)} of the noise does not "
-                    f"broadcast with {tuple(context.shape[:-1])} of the context."
+                    f"broadcast with {tuple(context.shape[:-1])} of the context. Did you mean "
+                    "noise.to_event(1)?"
                 ) from error
         self._set(sampler, noise, context, Size(batch_shape), event_shape)
         self.expanded_from: Implicit | None = None
@@ -160,6 +162,7 @@ class Implicit(TorchDistribution):
         """Draw ``[*sample_shape, *batch, *event]``, differentiable.
 
         :raises ValueError: if the sampler returns another shape.
+        :raises RuntimeError, TypeError: what the sampler raises, with how it was called.
         """
         sample_shape = Size(sample_shape)
         noise = self.noise.rsample(sample_shape)
@@ -194,10 +197,20 @@ class Implicit(TorchDistribution):
         return value.flatten(-dims) if dims else value.unsqueeze(-1)
 
     def _push(self, noise: Tensor, sample_shape: Size) -> Tensor:
-        if self.context is None:
-            value = self.sampler(noise)
-        else:
-            value = self.sampler(noise, self.context.expand(sample_shape + self.context.shape))
+        inputs = {"noise": noise}
+        if self.context is not None:
+            inputs["context"] = self.context.expand(sample_shape + self.context.shape)
+        try:
+            value = self.sampler(*inputs.values())
+        except (RuntimeError, TypeError) as error:
+            if type(error) not in (RuntimeError, TypeError):  # such as a lack of memory
+                raise
+            given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+            raise type(error)(
+                f"Implicit: sampler({given}) failed: {error}. Expected a callable of noise and "
+                "context, of the noise alone without a context, for any number of draws: what else "
+                "differs by row has to be part of the context."
+            ) from error
         expected = sample_shape + self.batch_shape + self.event_shape
         if value.shape != expected:
             raise ValueError(
@@ -296,7 +309,7 @@ def _paired(noise: Distribution, draws: Tensor, dim: int) -> Tensor:
 def _noise_distribution(
     noise: int | Distribution, context: Tensor | None, sampler: Sampler
 ) -> Distribution:
-    if isinstance(noise, int) and not isinstance(noise, bool):
+    if isinstance(noise, Integral) and not isinstance(noise, bool):
         if noise < 1:
             raise ValueError(f"Implicit: expected noise of size >= 1, got {noise}.")
         like = context

@@ -42,13 +42,15 @@ class LogLikelihood:
 
     def __str__(self) -> str:
         worst = float(self.pareto_k.max())
-        of = f"{self.value.numel()} points" if self.plates else "all data"
-        mean, count = self.value.double().mean(), self.value.numel()
-        error = float(self.value.double().std()) / math.sqrt(count) if count > 1 else 0.0
-        spread = f" ± {error:.3f} over the points" if count > 1 else f" ± {float(self.error):.3f}"
+        value, count = self.value.double(), self.value.numel()
+        of, error = "all data", float(self.error.max())
+        if self.plates:
+            of = f"mean of {count} points"
+        if count > 1:
+            of, error = f"{of} and its standard error", float(value.std()) / math.sqrt(count)
         return (
-            f"log p(x) {float(mean):.3f}{spread} nats ({of}, {self.num_samples} samples, largest "
-            f"Pareto k {worst:.2f})"
+            f"log p(x) {float(value.mean()):.3f} ± {error:.3f} nats ({of}, {self.num_samples} "
+            f"samples, largest Pareto k {worst:.2f})"
         )
 
 
@@ -92,16 +94,15 @@ def log_likelihood(
         >>> bool((estimate.value + 1.2655).abs().max() < 0.05)  # x ~ N(0, 2)
         True
 
-    :param callable model: a Pyro model with continuous latents, which broadcasts over one more
-        plate, as for ``vectorize_particles=True``.
+    :param callable model: a Pyro model with continuous latents.
     :param callable guide: a guide of it, of any kind.
     :param args: arguments of both; keyword arguments by ``functools.partial``.
     :param int num_samples: importance samples K, at least 25. The bound tightens as K grows: state
         it beside every figure.
     :param int num_guide_samples: draws of the guide that the Gaussian is fitted to, at least twice
         the number D of latent dimensions; by default ``max(1000, 20 D)``.
-    :param bool parallel: draw from the guide in one more plate; set ``False`` for a guide that does
-        not broadcast.
+    :param bool parallel: run guide and model once for many draws, in one more plate; set ``False``
+        where one of them does not broadcast: it takes as long as the runs that it makes.
     :param int chunk_size: samples for which the model is evaluated at once: bounds the memory.
     :returns: estimates and what they are worth.
     :raises ValueError: for a discrete latent site, a subsampled plate, a guide that leaves out a
@@ -113,7 +114,7 @@ def log_likelihood(
     """
     if num_samples < 25:
         raise ValueError(f"num_samples: expected at least 25, got {num_samples}")
-    joint = UnconstrainedModel(model, *args, guide=guide)
+    joint = UnconstrainedModel(model, *args, guide=guide, parallel=parallel)
     if num_guide_samples is None:
         num_guide_samples = max(1000, 20 * joint.dim)
     draws = guide_draws(

@@ -32,7 +32,7 @@ def check_context(name: str, fn: Implicit, earlier: Mapping[str, Any]) -> None:
       the context, and whose value is not in the context literally. Sites without a gradient
       (discrete ones, or without parameters) are not seen.
     - A **dependence by row**: for the same noise, moving the rows of the context must move the
-      draws along; without a context, rows of normal noise must have one law. If it is not so, the
+      draws along; without a context, the rows of a plate must have one law. If it is not so, the
       sampler or the noise reads something else that differs by row, say the features of another
       encoder. What is computed from the context outside of the sampler, with a gradient to it, is
       recognized.
@@ -61,7 +61,8 @@ def check_context(name: str, fn: Implicit, earlier: Mapping[str, Any]) -> None:
         )
         return
     outside = base is not None and base in _walk(value.grad_fn, stop=through - {base})
-    if not read and not outside and _rows_differ(fn.distinct()):
+    # Without a context the rows are those of the plates around the site.
+    if not read and not outside and _rows_differ(fn if fn.context is None else fn.distinct()):
         _warn(
             f"implicit site '{name}': for equal noise and context its rows come out different, so "
             "the sampler or the noise depends on something by row that its context lacks. The "

@@ -19,10 +19,12 @@ from torch import Tensor
 __all__ = [
     "common_plates",
     "guide_draws",
+    "joined",
     "latent_sites",
     "mask_of",
     "plate_nesting",
     "refuse_subsampling",
+    "run_each",
     "run_many",
     "sample_sites",
     "traces_of",
@@ -57,21 +59,18 @@ def guide_draws(
         if parallel:
             traces = [run_many(guide, args, num_samples, max_plate_nesting)]
         else:
-            rest = (poutine.trace(guide).get_trace(*args) for _ in range(num_samples - 1))
-            traces = [first, *rest]
+            traces = [first, *run_each(guide, args, num_samples - 1)]
     missing = [name for name in sites if name not in traces[0].nodes]
     if missing:
         raise ValueError(
             f"expected a guide that draws all latent sites of the model, got none for "
-            f"{', '.join(repr(name) for name in missing)}: are model and guide a pair?"
+            f"{', '.join(repr(name) for name in missing)}: are model and guide a pair? A site of "
+            "the data is latent where they are left out of the arguments."
         )
     result = {}
     for name, site in sites.items():
-        event_dim = site["fn"].event_dim
-        rank = (1 if parallel else 0) + max_plate_nesting + event_dim
         values = [trace.nodes[name]["value"] for trace in traces]
-        values = [value.reshape((1,) * (rank - value.dim()) + value.shape) for value in values]
-        value = values[0] if parallel else torch.stack(values)
+        value = joined(values, max_plate_nesting + site["fn"].event_dim)
         value = value.expand(num_samples, *value.shape[1:])
         if not torch.isfinite(value).all():
             raise ValueError(f"site '{name}': expected finite draws of the guide, got NaN or inf")
@@ -82,9 +81,51 @@ def guide_draws(
 def run_many(
     fn: Callable[..., Any], args: tuple[Any, ...], num_samples: int, max_plate_nesting: int
 ) -> poutine.Trace:
-    """A trace of ``fn`` inside of a plate of ``num_samples``, left of all its own plates."""
-    with poutine.block(), pyro.plate(_PLATE, num_samples, dim=-1 - max_plate_nesting):
-        return poutine.trace(fn).get_trace(*args)
+    """A trace of ``fn`` inside of a plate of ``num_samples``, left of all its own plates.
+
+    :raises RuntimeError: if it fails there.
+    :raises ValueError: for a site that has more dimensions than these plates.
+    """
+    advice = "Write it so that it broadcasts over one more plate, or pass parallel=False."
+    try:
+        with poutine.block(), pyro.plate(_PLATE, num_samples, dim=-1 - max_plate_nesting):
+            trace = poutine.trace(fn).get_trace(*args)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # such as a lack of memory
+            raise
+        raise RuntimeError(f"failed in a plate of {num_samples} draws. {advice} {error}") from error
+    for site in sample_sites(trace):
+        shape = tuple(site["fn"].batch_shape)
+        if len(shape) > 1 + max_plate_nesting:
+            raise ValueError(
+                f"site '{site['name']}': expected {1 + max_plate_nesting} dimensions at most in a "
+                f"plate of {num_samples} draws, got the batch shape {shape}. {advice}"
+            )
+    return trace
+
+
+def run_each(
+    fn: Callable[..., Any], args: tuple[Any, ...], num_samples: int
+) -> list[poutine.Trace]:
+    """As many traces of ``fn``."""
+    with poutine.block():
+        return [poutine.trace(fn).get_trace(*args) for _ in range(num_samples)]
+
+
+def joined(values: list[Tensor], rank: int) -> Tensor:
+    """One tensor ``[draws or 1, …]`` of what a run in a plate of all draws has given, or a run for
+    each.
+
+    :param values: of each run.
+    :param int rank: number of dimensions, besides that of the draws.
+    """
+    if len(values) > 1:
+        values = [torch.stack([_padded(value, rank) for value in values])]
+    return _padded(values[0], 1 + rank)
+
+
+def _padded(value: Tensor, rank: int) -> Tensor:
+    return value.reshape((1,) * (rank - value.dim()) + value.shape)
 
 
 def traces_of(

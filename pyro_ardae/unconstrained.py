@@ -19,10 +19,12 @@ from pyro_ardae.autoguide.prototype import refuse_moving_supports
 from pyro_ardae.random import fork_rng
 from pyro_ardae.traces import (
     common_plates,
+    joined,
     latent_sites,
     mask_of,
     plate_nesting,
     refuse_subsampling,
+    run_each,
     run_many,
     sample_sites,
     traces_of,
@@ -43,7 +45,7 @@ class UnconstrainedModel:
     Scales (of ``poutine.scale``, of subsampling) are left out, masks are kept. A latent that is
     masked out has no part in the model, so its u counts as standard normal: the integral over it
     is 1. The model runs inside of one more plate, so it has to broadcast, as for
-    ``vectorize_particles=True``.
+    ``vectorize_particles=True``; or, if it does not, once for each draw.
 
     Example::
 
@@ -60,6 +62,7 @@ class UnconstrainedModel:
     :param args: its arguments.
     :param callable guide: a guide of it, from whose draws the model's structure is found out; the
         prior's by default, which an improper prior does not have.
+    :param bool parallel: whether to run the model once for all draws.
     :ivar int dim: dimensions of u, for every element of the batch.
     :ivar torch.Size batch_shape: sizes of the plates that hold all sites, ``()`` for none.
     :ivar tuple plates: their names.
@@ -72,9 +75,13 @@ class UnconstrainedModel:
     """
 
     def __init__(
-        self, model: Callable[..., Any], *args: Any, guide: Callable[..., Any] | None = None
+        self,
+        model: Callable[..., Any],
+        *args: Any,
+        guide: Callable[..., Any] | None = None,
+        parallel: bool = True,
     ) -> None:
-        self.model, self.args = model, args
+        self.model, self.args, self.parallel = model, args, parallel
         *_, trace = traces_of(model, guide, args)
         with fork_rng():  # the stream goes on as after one run
             *_, again = traces_of(model, guide, args)
@@ -150,22 +157,42 @@ class UnconstrainedModel:
 
     def log_joint(self, latent: Float[Tensor, "draws *batch dim"]) -> Float[Tensor, "draws *batch"]:
         """The log-joint density of unconstrained latents, in nats; differentiable."""
-        constrained = self._constrained(latent)
+        constrained, nesting = self._constrained(latent), self.max_plate_nesting
         values = {name: value for name, (value, *_) in constrained.items()}
-        trace = run_many(
-            poutine.condition(self.model, data=values),
-            self.args,
-            len(latent),
-            self.max_plate_nesting,
-        )
-        terms = [unscaled_log_prob(site) for site in sample_sites(trace)]
+        traces = self.runs(self.model, values, len(latent))
+        terms = [
+            joined([unscaled_log_prob(trace.nodes[site["name"]]) for trace in traces], nesting)
+            for site in sample_sites(traces[0])
+        ]
         for name, (_, term, real) in constrained.items():
-            counts = mask_of(trace.nodes[name])
+            counts = mask_of(traces[0].nodes[name])
             if counts is not None:
                 normal = self._by_element(-0.5 * (real.square() + math.log(2 * math.pi)))
                 term = torch.where(counts, term, normal)
             terms.append(term)
         return torch.stack([self._sum(term, len(latent)) for term in terms]).sum(0)
+
+    def runs(
+        self, model: Callable[..., Any], values: Mapping[str, Tensor], num_draws: int
+    ) -> list[poutine.Trace]:
+        """Runs of the model, or of one with its sites, given draws of latents: one in a plate of
+        all, or one for each.
+
+        :param callable model: the model.
+        :param values: by site, as for :meth:`pack`; those that are left out are drawn.
+        :param int num_draws: number of draws.
+        """
+        if self.parallel:
+            fn = poutine.condition(model, data=values)
+            return [run_many(fn, self.args, num_draws, self.max_plate_nesting)]
+        traces = []
+        for index in range(num_draws):
+            own = {
+                name: value[index].reshape(self.sites[name]["value"].shape)
+                for name, value in values.items()
+            }
+            traces += run_each(poutine.condition(model, data=own), self.args, 1)
+        return traces
 
     def _constrained(self, latent: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """By site, its value, log |det dz/du| and u, ``[draws, *plates, …]``."""

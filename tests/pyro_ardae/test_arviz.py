@@ -249,6 +249,25 @@ def test_the_next_major_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert posterior.attrs["inference_library"] == "pyro_ardae"
 
 
+def test_draws_one_by_one() -> None:
+    """Of a model that would broadcast as well: the same data but for chance."""
+    guide = AutoNormal(schools, init_scale=0.1)
+    guide(Y)
+    many, each = (
+        to_arviz(schools, guide, Y, num_samples=300, parallel=parallel)
+        for parallel in (True, False)
+    )
+    for group in ("posterior", "posterior_predictive", "log_likelihood", "observed_data", "prior"):
+        assert {name: value.dims for name, value in many[group].items()} == {
+            name: value.dims for name, value in each[group].items()
+        }
+    for group in ("posterior", "posterior_predictive", "log_likelihood"):
+        for name, one in many[group].items():
+            means = [x.mean("draw").values for x in (one, each[group][name])]
+            error = 5 * one.std("draw").values * (2 / 300) ** 0.5
+            assert bool((abs(means[0] - means[1]) <= error + 1e-5).all()), name
+
+
 def test_arviz_is_imported_when_it_is_needed() -> None:
     module = sys.modules[to_arviz.__module__]
     assert not hasattr(module, "arviz")

@@ -47,7 +47,7 @@ def test_every_point_of_a_local_model(standard_errors: Callable[[int], float]) -
     assert bool(((found.value - EXACT).abs() < standard_errors(3) * found.error + 1e-5).all())
     assert float(found.error.max()) < 0.01
     assert float(found.ess.min()) > 900
-    assert "3 points, 1000 samples" in str(found)
+    assert "mean of 3 points and its standard error, 1000 samples" in str(found)
 
 
 @pytest.mark.parametrize("by", ["obs_mask", "poutine", "distribution"])
@@ -161,6 +161,47 @@ def test_one_draw_at_a_time() -> None:
             local, guide, X, num_samples=200, num_guide_samples=100, parallel=False
         )
     assert float((found.value - EXACT).abs().max()) < 0.05
+
+
+def line(x: Tensor, y: Tensor) -> None:
+    """Does not broadcast: a matrix is transposed."""
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(1, 2), 1.0).to_event(2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal((x @ weight.t()).squeeze(-1), 0.5), obs=y)
+
+
+def wide(x: Tensor, y: Tensor) -> None:
+    """Broadcasts to what it should not."""
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal((x * weight.unsqueeze(-2)).sum(-1), 0.5), obs=y)
+
+
+LINE = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]), torch.tensor([0.3, -0.2, 1.0])
+
+
+def test_a_model_that_does_not_broadcast() -> None:
+    x, y = LINE
+    guide = AutoMultivariateNormal(line)
+    with pytest.raises(RuntimeError, match=r"plate of 100 draws\. .*pass parallel=False\. t"):
+        log_likelihood(line, guide, x, y, num_samples=100)
+    with pytest.raises(RuntimeError, match="pass parallel=False"):
+        to_arviz(line, guide, x, y)
+    with pytest.raises(ValueError, match=r"'y': expected 2 dimensions .* shape \(100, 100, 3\)"):
+        log_likelihood(wide, AutoNormal(wide), x, y, num_samples=100)
+    covariance = x @ x.mT + 0.25 * torch.eye(3)
+    exact = float(dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(y))
+    precision = torch.eye(2) + 4 * x.mT @ x
+    mean = (precision.inverse() @ (4 * x.mT @ y)).view(1, 2)
+    posterior = dist.MultivariateNormal(mean, precision_matrix=precision).to_event(1)
+
+    def fitted(x: Tensor, y: Tensor) -> None:
+        pyro.sample("weight", posterior)
+
+    found = log_likelihood(
+        line, fitted, x, y, num_samples=200, num_guide_samples=400, parallel=False
+    )
+    assert abs(float(found.value) - exact) < 0.05
 
 
 @pytest.mark.filterwarnings("ignore:log_likelihood. Pareto")  # it is not trained

@@ -224,6 +224,18 @@ def test_something_by_row_is_missing(local: Callable[[Tensor], Implicit], partic
         run(local, **PARTICLES[particles])
 
 
+@pytest.mark.parametrize("draws", [ROWS, 8])
+@pytest.mark.parametrize("particles", ["one", "three vectorized"])
+def test_no_context_in_a_plate(particles: str, draws: int) -> None:
+    """As many draws as rows broadcast, and would train on."""
+    features = NETS.encoder(X)
+    one = partial(guide, lambda a: Implicit(lambda eps: features + eps, D))
+    elbo = TraceImplicit_ELBO(SMALL, num_score_samples=draws, **PARTICLES[particles])
+    fails = nullcontext() if draws == ROWS else pytest.raises(RuntimeError, match="of the context")
+    with pytest.warns(UserWarning, match=r"site 'z'.*rows come out different.*lacks"), fails:
+        elbo.loss_and_grads(model, one)
+
+
 def test_the_warning_comes_once() -> None:
     elbo = TraceImplicit_ELBO(SMALL, num_score_samples=8)
     one = partial(guide, lacks_the_features)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pyro
@@ -77,6 +78,20 @@ def test_sites_that_share_all_plates_are_a_batch() -> None:
     first, second = joint.log_joint(latent)
     changed = (first - second).abs() > 1e-6
     assert changed.nonzero().tolist() == [[0, 0]]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("model", [mixed, local])
+@pytest.mark.parametrize("draws", [1, 4])
+def test_runs_one_by_one_have_the_same_log_joint(model: Any, draws: int) -> None:
+    found = []
+    for parallel in (True, False):
+        joint = UnconstrainedModel(model, X, parallel=parallel)
+        size = (draws, *joint.batch_shape, joint.dim)
+        latent = torch.linspace(-1.0, 1.0, math.prod(size)).reshape(size).requires_grad_()
+        value = joint.log_joint(latent)
+        found.append((value, *torch.autograd.grad(value.sum(), latent)))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.usefixtures("float64")
