@@ -1,28 +1,26 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""A bandit whose best policy is known: ``python -m inference.bandit [options]``.
+"""A bandit whose best policy is known: ``python -m inference.bandit [options]``.
 
 Examples::
 
     python -m inference.bandit                                   # 1-D and 2-D, 60 s a run
     python -m inference.bandit --bandits 6d --agents sac-ardae --seeds 0 1 2
 
-Four states, action values :math:`Q = \alpha \log p` with a bimodal p
-(:class:`models.environments.Bandit`). The policy is trained by the agent's own steps with the exact
-Q as critic, so what is seen is the policy and the estimate of its entropy's gradient. The best soft
-policy is p. Columns of results.csv, a row for each run and state:
+Four states, action values Q = α log p with a bimodal p. The policy is trained by the agent's own
+steps with the exact Q as critic, so what is seen is the policy and the estimate of its entropy's
+gradient. The best soft policy is p. Columns of results.csv, a row for each run and state:
 
-- ``kl``: KL(π‖p) in nats. The action's box is cut into cells, P their masses by quadrature,
-  n of N draws in each, K cells hit: :math:`\sum (n/N) \log (n/(N P)) - (K - 1) / (2 N)`;
-- ``weight``, ``weight_exact``: mass of π and of p in the half-space of the first mode;
-- ``log_prob_error``: mean over draws of the policy of |estimated log q(z | s) - that of a
-  histogram of ``--draws`` other draws of z|, of the implicit policy; ``log_prob_bias``, the same
-  without the magnitude;
-- ``score_loss``, ``stein``, ``stein_se``, ``log_z``, ``width``: as in docs/sac.md.
+- kl: KL(π‖p) in nats. The action's box is cut into cells, P their masses by quadrature, n of N
+  draws in each, K cells hit: Σ (n/N) log(n/(N P)) - (K - 1) / (2 N);
+- weight, weight_exact: mass of π and of p in the half-space of the first mode;
+- log_prob_error: mean over draws of the policy of |estimated log q(z | s) - that of a histogram of
+  --draws other draws of z|, of the implicit policy; log_prob_bias, the same without the magnitude;
+- score_loss, stein, stein_se, log_z, width: as in docs/sac.md.
 
-With a factorized bandit (6d) ``kl`` is the mean over coordinates, and ``smallest_mode`` and
-``largest_mode`` are the modes' weights relative to the exact ones.
+With a factorized bandit (6d) kl is the mean over coordinates, and smallest_mode and largest_mode
+are the modes' weights relative to the exact ones.
 """
 
 from __future__ import annotations
@@ -106,7 +104,7 @@ class Options:
             auto_alpha=False, actor_learning_rate=1e-3, hidden_dims=(64, 64)
         )
     )
-    """Options of the agent."""
+    """Options of the agent; those of environments and critics are not read."""
 
 
 def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) -> Agent:

@@ -7,7 +7,8 @@ Examples::
 
     python -m inference.sac halfcheetah-sac-ardae --seed 1
     python -m inference.sac multigoal-sac-ardae
-    python -m inference.sac pendulum-sac --num-envs 4 --record-video
+    python -m inference.sac pendulum-sac --num-envs 4
+    MUJOCO_GL=egl python -m inference.sac hopper-sac --record-video
     python -m inference.sac hopper-sac --resume runs/sac/hopper-sac-seed0
 
 The algorithm is :class:`inference.agents.agent.Agent`, its options are in
@@ -18,6 +19,7 @@ evaluation; docs/sac.md has their formulas.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,7 @@ class Training:
         return self.collector.steps
 
     def step(self) -> None:
-        """Takes a step of each environment, then as many updates; notes metrics of the last."""
+        """Takes a step of each environment, then as many updates; notes their metrics."""
         config, replay = self.config, self.replay
         ready = replay.added >= config.learning_starts
         if ready or self.agent.updates:
@@ -103,15 +105,16 @@ class Training:
         else:
             action = 2 * torch.rand(config.num_envs, self.collector.action_dim) - 1
         replay.add(self.collector.step(action))
-        metrics: dict[str, Tensor] = {}
         for _ in range(config.num_envs if ready else 0):
-            metrics = self.agent.update(replay.sample(config.batch_size))
-        for name, value in metrics.items():
-            self.metrics.setdefault(name, []).append(value)
+            for name, value in self.agent.update(replay.sample(config.batch_size)).items():
+                self.metrics.setdefault(name, []).append(value)
         self.returns += [episode.value for episode in self.collector.take_finished()]
 
     def row(self) -> dict[str, float]:
-        """A row of metrics.csv, by an evaluation and what was noted since the last one."""
+        """A row of metrics.csv, by an evaluation and what was noted since the last one.
+
+        :raises UserError: if training has diverged.
+        """
         taken, elapsed = (now - then for now, then in zip(self._now(), self.logged, strict=True))
         row = {
             "step": self.steps_done,
@@ -124,6 +127,11 @@ class Training:
         for name, values in self.metrics.items():
             several = torch.stack(values)
             row[name] = float(several.max() if name == "max_z" else several.mean())
+            if not math.isfinite(row[name]):
+                raise UserError(
+                    f"{self.config.env}: expected finite numbers, found {row[name]} as {name}: "
+                    "training has diverged; lower the step sizes, --learning-rate first"
+                )
         if self.returns:
             row["train_return"] = sum(self.returns) / len(self.returns)
         return row
@@ -252,12 +260,13 @@ def run(config: Config) -> Path:
         folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
         state = folder.load("latest", config.device)
         done = state["collector"]["steps"]
-        if config.steps < done or (config.steps == done and not read_metrics(path)):
+        wanted = -(-config.steps // config.num_envs) * config.num_envs
+        if wanted < done or (wanted == done and not read_metrics(path)):
             raise UserError(
                 f"--steps: expected more than the {done} that this run has done, found "
                 f"{config.steps}"
             )
-        if config.steps > done and not state["may_go_on"]:
+        if wanted > done and not state["may_go_on"]:
             raise UserError(
                 f"--steps: expected {done}, where this run has ended between two checkpoints, "
                 f"found {config.steps}; going on from there would not be the longer run. Start "

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.patches import Circle
 from torch import Tensor
 
 from inference.agents.agent import Agent
@@ -28,7 +29,7 @@ from inference.agents.replay import Replay
 from inference.agents.rollout import evaluate
 from inference.shared import plots
 from inference.shared.errors import UserError, user_errors
-from inference.shared.randomness import seed_of
+from inference.shared.randomness import forked_rng, seed_of
 from inference.shared.run import RunFolder, read_metrics
 from models.environments import MultiGoal
 
@@ -67,7 +68,7 @@ def learning_curves(
         axes.plot(steps, values.mean(0), label=f"{label} ({number})", color=color)
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2)
     axes.set(title=title, xlabel="environment steps", ylabel="evaluation return")
-    axes.legend(loc="upper left")
+    axes.legend(loc="best")
     return axes
 
 
@@ -82,8 +83,10 @@ def action_density(axes: Axes, agent: Agent, obs: Tensor, *, title: str) -> Axes
     """
     for index, one in enumerate(obs):
         actions = agent.act(one.expand(20_000, -1))[:, 0].cpu().numpy()
-        axes.hist(actions, bins=200, range=(-1, 1), density=True, histtype="step", label=f"{index}")
+        label = f"state {index + 1}"
+        axes.hist(actions, bins=80, range=(-1, 1), density=True, histtype="step", label=label)
     axes.set(title=title, xlabel="first coordinate of the action", ylabel="density")
+    axes.legend(loc="best")
     return axes
 
 
@@ -101,8 +104,10 @@ def trajectories(axes: Axes, paths: Sequence[Tensor], *, title: str) -> Axes:
     axes.contour(axis, axis, -distance, levels=12, cmap="Greys", linewidths=0.6)
     for index, path in enumerate(paths):
         axes.plot(*path.cpu().numpy().T, linewidth=0.8, alpha=0.7, color=f"C{index % 10}")
-    axes.scatter(*MultiGoal.GOALS.T, color="k", zorder=3)
+    for goal in MultiGoal.GOALS:
+        axes.add_patch(Circle(goal, MultiGoal.RADIUS, color="k", alpha=0.3))
     axes.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    axes.set(xlabel="first coordinate of the position", ylabel="second")
     return axes
 
 
@@ -116,11 +121,11 @@ def plane_density(axes: Axes, agent: Agent, obs: Tensor, *, title: str) -> Axes:
 
 def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[Path]:
     """Writes the figures of a run: learning curve, action densities, multi-goal trajectories."""
-    figure, axes = plots.subplots(1, 2, width=5.5, height=4.5)
+    known = len(replay) > 0  # not in a run that was resumed without it
+    figure, axes = plots.subplots(1, 1 + known, width=5.5, height=4.5)
     learning_curves(axes[0], {config.agent: [read_metrics(path)]}, title=config.env)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        if len(replay):  # not in a run that was resumed without it
+    with forked_rng(config.seed):
+        if known:
             obs = replay.sample(4).obs
             action_density(axes[1], agent, obs, title="policy in four states of the buffer")
         written = [plots.save(figure, path / "figures" / "run.png")]
@@ -152,23 +157,23 @@ class Options:
     """The figure."""
 
 
-def _read(path: Path) -> list[tuple[str, str, Metrics]]:
-    """Environment, agent and metrics of a run, or of each one of a table."""
+def _read(path: Path) -> list[tuple[str, str, int, Metrics]]:
+    """Environment, agent, seed and metrics of a run, or of each one of a table."""
     if path.suffix == ".csv":
         return _read_table(path)
     config, metrics = RunFolder.read_config(path), read_metrics(path)
-    if not (config.keys() >= {"env", "agent"} and metrics.get("eval_return")):
+    if not (config.keys() >= {"env", "agent", "seed"} and metrics.get("eval_return")):
         raise UserError(f"{path}: expected a run of inference.sac with an evaluation, found none")
-    return [(config["env"], config["agent"], metrics)]
+    return [(config["env"], config["agent"], config["seed"], metrics)]
 
 
-def _read_table(path: Path) -> list[tuple[str, str, Metrics]]:
+def _read_table(path: Path) -> list[tuple[str, str, int, Metrics]]:
     envs = {task: env for env, task in TASKS.items()}
-    found: dict[tuple[str, str, str], Metrics] = defaultdict(lambda: defaultdict(list))
+    found: dict[tuple[str, str, int], Metrics] = defaultdict(lambda: defaultdict(list))
     try:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                metrics = found[envs[row["task"]], row["agent"], row["seed"]]
+                metrics = found[envs[row["task"]], row["agent"], int(row["seed"])]
                 for name in ("step", "eval_return"):
                     metrics[name].append(float(row[name]))
         if not found:
@@ -177,7 +182,7 @@ def _read_table(path: Path) -> list[tuple[str, str, Metrics]]:
         raise UserError(
             f"{path}: expected a learning.csv of inference.bench learn, found: {error!r}"
         ) from None
-    return [(env, agent, metrics) for (env, agent, _), metrics in found.items()]
+    return [(*key, metrics) for key, metrics in found.items()]
 
 
 def main() -> None:
@@ -187,8 +192,15 @@ def main() -> None:
         if not options.runs:
             raise UserError("expected run folders, found none; give some, like runs/sac/*")
         found: dict[str, dict[str, list[Metrics]]] = defaultdict(lambda: defaultdict(list))
+        seen = set()
         for path in options.runs:
-            for env, agent, metrics in _read(path):
+            for env, agent, seed, metrics in _read(path):
+                if (env, agent, seed) in seen:
+                    raise UserError(
+                        f"{path}: expected one run of each environment, agent and seed, found "
+                        f"another of {env}, {agent}, seed {seed}; draw them apart"
+                    )
+                seen.add((env, agent, seed))
                 found[env][agent].append(metrics)
         figure, axes = plots.subplots(1, len(found), width=5.5, height=4.5)
         order = [agent for agents in found.values() for agent in agents]

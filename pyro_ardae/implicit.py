@@ -312,13 +312,14 @@ def _noise_distribution(
     if isinstance(noise, Integral) and not isinstance(noise, bool):
         if noise < 1:
             raise ValueError(f"Implicit: expected noise of size >= 1, got {noise}.")
+        size = int(noise)
         like = context
         if like is None and isinstance(sampler, nn.Module):
             like = next(sampler.parameters(), None)
         like = torch.zeros(()) if like is None else like.detach()
-        return dist.Normal(
-            like.new_zeros(noise), like.new_ones(noise), validate_args=False
-        ).to_event(1)
+        return dist.Normal(like.new_zeros(size), like.new_ones(size), validate_args=False).to_event(
+            1
+        )
     if not isinstance(noise, Distribution):
         raise TypeError(
             f"Implicit: expected `noise` to be an int or a reparameterized distribution, got "

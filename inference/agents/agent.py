@@ -74,7 +74,12 @@ class Agent:
             self.critic_optimizer = torch.optim.Adam(learning, rate, fused=True)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of score, critics, temperature and policy; returns scalars, detached."""
+        """One update of score, critics, temperature and policy; returns scalars, detached.
+
+        :raises ValueError: for a batch of other shapes, or numbers that are not finite; nothing is
+            learned from it.
+        """
+        _check(batch)
         proposal = self.policy.fit(batch.obs)
         metrics = self.update_critic(batch) | self.update_actor(batch.obs, proposal)
         self.updates += 1
@@ -93,7 +98,8 @@ class Agent:
         with torch.no_grad():
             next_q = self.target_critic(batch.next_obs, next_z.tanh()).amin(0)
             next_value = next_q - self.alpha * log_pi
-            target = batch.reward + config.gamma * (1 - batch.terminated) * next_value
+            goes_on = 1 - batch.terminated.to(next_value.dtype)
+            target = batch.reward + config.gamma * goes_on * next_value
         q = self.critic(batch.obs, batch.action)
         # The gradient of the loss by q is known.
         error = q.detach() - target
@@ -193,3 +199,20 @@ class Agent:
             self.entropy_mean.copy_(state["entropy_mean"])
             self.force.copy_(state["force"])
         self.updates = state["updates"]
+
+
+def _check(batch: Batch) -> None:
+    obs, action, reward, next_obs, terminated = batch
+    size = obs.shape[:1]
+    if not (
+        obs.dim() == action.dim() == 2
+        and next_obs.shape == obs.shape
+        and action.shape[:1] == reward.shape == terminated.shape == size
+    ):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in batch._asdict().items())
+        raise ValueError(
+            "Agent: expected obs and next_obs [B, obs_dim], action [B, D], reward and terminated "
+            f"[B], got {shapes}."
+        )
+    if not (obs.isfinite().all() and reward.isfinite().all() and next_obs.isfinite().all()):
+        raise ValueError("Agent: expected finite observations and rewards, got NaN or infinity.")

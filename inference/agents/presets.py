@@ -122,8 +122,8 @@ class Config:
     part_scale: float = 0.85
     """sac-ardae: how far apart the actor's parts are, before training."""
     part_bits: int | None = None
-    """sac-ardae: the actor has two to this many parts; by default two more than it has actions, 6
-    at most."""
+    """sac-ardae: the actor has 2 ** this parts; by default two more than it has actions, at most
+    6."""
     even_share: float = 0.5
     """sac-ardae: share of an update's states in which the parts are drawn evenly."""
     min_scale: float = 0.3

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.envs.registration import load_env_creator
 from gymnasium.error import DependencyNotInstalled, Error
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -23,6 +23,7 @@ from torch import Tensor
 import models.environments  # noqa: F401 (registers them)
 from inference.agents.replay import Batch
 from inference.shared.errors import UserError
+from inference.shared.randomness import forked_rng
 
 __all__ = [
     "Collector",
@@ -61,7 +62,7 @@ def _check(env: gymnasium.Env[Any, Any], env_id: str) -> None:
     if not isinstance(env.observation_space, Box):
         raise UserError(
             f"{env_id}: expected observations in a Box, found {env.observation_space}; wrap the "
-            "environment such that they are vectors"
+            "environment in gymnasium.wrappers.FlattenObservation"
         )
     if not isinstance(env.action_space, Box):
         raise UserError(
@@ -75,8 +76,9 @@ def _check(env: gymnasium.Env[Any, Any], env_id: str) -> None:
         )
     if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
         raise UserError(
-            f"{env_id}: expected bounded actions, found {env.action_space}; wrap the environment "
-            "with gymnasium.wrappers.ClipAction or give its space bounds"
+            f"{env_id}: expected bounded actions, found {env.action_space}; give the space bounds, "
+            "as by gymnasium.wrappers.TransformAction(env, f, Box(low, high)); ClipAction takes "
+            "bounds away"
         )
 
 
@@ -121,9 +123,11 @@ def make_envs(env_id: str, num_envs: int, **options: Any) -> VectorEnv[Any, Any,
             **options,
         )
     except (DependencyNotInstalled, ImportError) as error:
+        module, *_ = env_id.rpartition(":")
+        own = bool(module) and f"No module named '{module.split('.')[0]}'" in str(error)
+        advice = "put its folder on PYTHONPATH" if own else 'pip install "pyro-ardae[rl]"'
         raise UserError(
-            f"{env_id}: expected the packages that it needs, found: {error}; "
-            'pip install "pyro-ardae[rl]"'
+            f"{env_id}: expected the packages that it needs, found: {error}; {advice}"
         ) from None
     except Error as error:
         raise UserError(
@@ -172,9 +176,14 @@ class Collector:
 
         :param Tensor action: ``[num_envs, D]`` in [-1, 1].
         :returns: one transition for each. Episodes that are cut off do not count as terminated.
-        :raises UserError: for a reward or an observation that is not finite. Nothing of that step
-            is returned, so nothing is learned from it.
+        :raises UserError: for an action, a reward or an observation that is not finite. Nothing of
+            that step is returned, so nothing is learned from it.
         """
+        if not torch.isfinite(action).all():
+            raise UserError(
+                f"{self.name}: expected finite actions, found NaN or infinity: the policy has "
+                "diverged; lower the step sizes, --actor-learning-rate first"
+            )
         obs, reward, terminated, truncated, infos = self.envs.step(action.cpu().numpy())
         done = terminated | truncated
         final = np.array(obs)
@@ -232,7 +241,7 @@ class Collector:
                 raise UserError(
                     f"{self.name}: expected finite numbers, found NaN or infinity in the {what} of "
                     f"episode {self._indices[i]}, step {self._lengths[i]}; nothing was learned "
-                    "from it, the last checkpoint is whole"
+                    "from it, checkpoints are as they were"
                 )
 
     @staticmethod
@@ -245,7 +254,7 @@ def evaluate(
 ) -> list[Episode]:
     """Plays whole episodes, up to 10 side by side, with randomness of their own.
 
-    The global random state of torch is left as it was.
+    The global random states are left as they were.
 
     :param str env_id: environment.
     :param Act act: the policy.
@@ -258,8 +267,7 @@ def evaluate(
     side_by_side = max(n for n in range(1, 11) if episodes % n == 0)
     counts = [episodes // side_by_side] * side_by_side
     found, steps = [], []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with forked_rng(seed):
         collector = Collector(make_envs(env_id, side_by_side), seed=seed, name=env_id)
         while any(counts):
             steps.append(collector.step(act(collector.obs.to(device)).cpu()))
@@ -300,20 +308,13 @@ def return_figures(noisy: Sequence[Episode], still: Sequence[Episode]) -> dict[s
 
 
 def check_renders(env_id: str) -> None:
-    """Refuses an environment that has no pictures.
+    """Refuses an environment that has no pictures, by one of them.
 
-    :raises UserError: if it has not.
+    :raises UserError: if it cannot be rendered.
     """
-    try:
-        entry = gymnasium.spec(env_id).entry_point
-        kind = load_env_creator(entry) if isinstance(entry, str) else entry
-    except (Error, ImportError):
-        return  # making it says what is wrong
-    if "rgb_array" not in getattr(kind, "metadata", {}).get("render_modes", ()):
-        raise UserError(
-            f"--record-video: expected an environment that renders pictures, found {env_id}; leave "
-            "the option out"
-        )
+    with _rendering(env_id) as env, forked_rng(0):
+        env.reset(seed=0)
+        env.render()
 
 
 def record_episode(env_id: str, act: Act, path: Path, *, seed: int, device: str = "cpu") -> Path:
@@ -322,28 +323,46 @@ def record_episode(env_id: str, act: Act, path: Path, *, seed: int, device: str 
     :param Path path: the file, ``*.gif``.
     :raises UserError: if the environment cannot be rendered.
     """
+    with _rendering(env_id) as env, forked_rng(seed):
+        obs, _ = env.reset(seed=seed)
+        frames, over, steps = [], False, 0
+        while not over:
+            if steps % 4 == 0:
+                frame = Image.fromarray(env.render())  # type: ignore[arg-type]
+                frame.thumbnail((240, 240))
+                frames.append(frame)
+            batch = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
+            obs, _, terminated, truncated, _ = env.step(act(batch)[0].cpu().numpy())
+            over, steps = terminated or truncated, steps + 1
+            _refuse_endless(0 if over else steps, env_id)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=80, loop=0)
+    return path
+
+
+@contextmanager
+def _rendering(env_id: str) -> Iterator[gymnasium.Env[Any, Any]]:
+    """An environment that renders pictures.
+
+    :raises UserError: for one that has none, or whatever else goes wrong.
+    """
     try:
-        env = wrap(gymnasium.make(env_id, render_mode="rgb_array"))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            obs, _ = env.reset(seed=seed)
-            frames, over, steps = [], False, 0
-            while not over:
-                if steps % 4 == 0:
-                    frame = Image.fromarray(env.render())  # type: ignore[arg-type]
-                    frame.thumbnail((240, 240))
-                    frames.append(frame)
-                batch = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
-                obs, _, terminated, truncated, _ = env.step(act(batch)[0].cpu().numpy())
-                over, steps = terminated or truncated, steps + 1
-                _refuse_endless(0 if over else steps, env_id)
+        env = gymnasium.make(env_id)
         env.close()
+        if "rgb_array" not in env.metadata.get("render_modes", ()):
+            raise UserError(
+                f"--record-video: expected an environment that renders pictures, found {env_id}; "
+                "leave the option out"
+            )
+        env = wrap(gymnasium.make(env_id, render_mode="rgb_array"))
+        try:
+            yield env
+        finally:
+            env.close()
     except UserError:
         raise
     except Exception as error:  # whatever the renderer's driver raises
+        own = "" if isinstance(error, DependencyNotInstalled) else "; set MUJOCO_GL=egl for MuJoCo"
         raise UserError(
-            f"--record-video: expected {env_id} to render without a display, found: {error}; set "
-            "MUJOCO_GL=egl, or leave the option out"
+            f"--record-video: expected {env_id} to render without a display, found: {error}{own}, "
+            "or leave the option out"
         ) from None
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=80, loop=0)
-    return path

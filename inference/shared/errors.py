@@ -31,9 +31,14 @@ class UserError(Exception):
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a :class:`UserError` into ``error: ...`` on stderr and exit status 2."""
+    """Turns a :class:`UserError` into ``error: ...`` on stderr and exit status 2, and Ctrl-C into
+    one line and 130.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted; checkpoints are as they were", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["load_rng_state", "rng_state", "seed_of"]
+__all__ = ["forked_rng", "load_rng_state", "rng_state", "seed_of"]
 
 
 def seed_of(run_seed: int, purpose: str, step: int) -> int:
@@ -21,11 +22,26 @@ def seed_of(run_seed: int, purpose: str, step: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
 
 
+@contextmanager
+def forked_rng(seed: int) -> Iterator[None]:
+    """Seeds the global generators of torch and NumPy, and puts them back as they were after."""
+    state = np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
+
+
 def rng_state() -> dict[str, Any]:
     """The states of the global random number generators, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -36,5 +52,7 @@ def load_rng_state(state: Mapping[str, Any]) -> None:
     """Restores what :func:`rng_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])

@@ -77,7 +77,11 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if (path / "config.json").exists():
-                advice = f", or --resume {path} to go on with it" if resumable else ""
+                advice = ""
+                if resumable and folder.checkpoint("latest").exists():
+                    advice = f", or --resume {path} to go on with it"
+                elif resumable:
+                    advice = ", or delete it: it has no checkpoint to go on from"
                 raise UserError(
                     f"{path}: expected a new run folder, found a run; give another --out{advice}"
                 )
@@ -234,6 +238,11 @@ class RunFolder:
         path = self.checkpoint(name)
         try:
             state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: expected a checkpoint, found none: the run has ended before its first; "
+                "delete it and start anew"
+            ) from None
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: expected a checkpoint, found: {reason}") from None

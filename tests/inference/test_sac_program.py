@@ -164,6 +164,15 @@ def test_errors_end_in_one_line(
     run = tmp_path / "run"
     tiny = (*SMALL, "--steps", 2)
     program("sac", "pendulum-sac", *tiny, "--eval-every", 1000, "--out", run)
+    done = tmp_path / "done"
+    program("sac", "multigoal-sac", *SMALL, "--steps", 3, "--num-envs", 2, "--out", done)
+    program("sac", "multigoal-sac", *SMALL, "--steps", 3, "--num-envs", 2, "--resume", done)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    config = dataclasses.asdict(PRESETS["pendulum-sac"][1])
+    small = {"batch_size": 8, "learning_starts": 10, "hidden_dims": [16], "eval_episodes": 2}
+    config |= small | {"buffer_size": 200, "steps": 2}
+    (empty / "config.json").write_text(json.dumps(config, default=str))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     (tmp_path / "other" / "metrics.csv").write_text("step\n")
@@ -215,6 +224,9 @@ def test_errors_end_in_one_line(
         (("bench", "sac", "--updates", 0), "--updates: expected a positive number"),
         (("sac_plots", tmp_path / "none"), "expected a run folder, found none"),
         (("sac_plots",), "expected run folders, found none"),
+        (("sac_plots", done, done, "--out", tmp_path / "x.png"), "found another of pyro_ardae/Mul"),
+        (("sac", "pendulum-sac", *tiny, "--out", empty), "or delete it: it has no checkpoint"),
+        (("sac", "pendulum-sac", *tiny, "--resume", empty), "checkpoint, found none: the run has"),
         (("sac_plots", tmp_path / "none.csv"), "expected a learning.csv of inference.bench learn"),
         (("sac_plots", tmp_path / "other" / "metrics.csv"), "found: ValueError('no rows')"),
         (("sac_plots", tmp_path / "other"), "expected a run of inference.sac with an evaluation"),
@@ -228,7 +240,7 @@ def test_errors_end_in_one_line(
             "--steps: expected a positive number",
         ),
     ]
-    config = (run / "config.json").read_text()
+    before = (run / "config.json").read_text()
     capsys.readouterr()
     for arguments, message in table:
         with pytest.raises(SystemExit) as stopped:
@@ -238,7 +250,7 @@ def test_errors_end_in_one_line(
         assert message in shown.err + shown.out, arguments
         assert "Traceback" not in shown.err, arguments
     assert not (tmp_path / "never").exists()
-    assert (run / "config.json").read_text() == config
+    assert (run / "config.json").read_text() == before
     assert len((run / "command.txt").read_text().splitlines()) == 1
 
 

@@ -9,12 +9,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from inference.agents.presets import PRESETS
 from inference.agents.rollout import Episode
 from inference.sac import Training
+from inference.shared.errors import UserError
 from tests.inference.conftest import Program, assert_equal
 
 #: Options that make a run tiny.
@@ -70,6 +72,30 @@ def test_shares_of_the_goals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inference.sac.q_bias", lambda agent, episodes: 0.0)
     row = run.evaluate()
     assert [row[f"goal_{index}"] for index in range(4)] == [0.5, 0.0, 0.0, 0.25]
+
+
+def test_metrics_are_of_all_updates() -> None:
+    run = training("pendulum-sac", num_envs=3)
+    for _ in range(5):
+        run.step()
+    assert run.agent.updates == len(run.metrics["q"]) == 9
+
+
+def test_divergence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = training("pendulum-sac")
+    monkeypatch.setattr(run, "evaluate", dict)
+    run.metrics = {"q": [torch.tensor(1.0), torch.tensor(torch.nan)]}
+    with pytest.raises(UserError, match="Pendulum-v1: expected finite numbers, found nan as q"):
+        run.row()
+
+
+def test_numpy_goes_on_from_a_checkpoint() -> None:
+    """Environments of others may draw from its global generator."""
+    run = training("pendulum-sac")
+    state = run.state()
+    first = np.random.randn()  # noqa: NPY002
+    run.load_state(state)
+    assert np.random.randn() == first  # noqa: NPY002
 
 
 def test_a_row_has_means_and_the_largest_z(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -556,3 +556,24 @@ def test_best_policy_for_a_parabola() -> None:
     weight = (-grid.square()).exp()
     exact = float((weight * grid.square()).sum() / weight.sum())
     assert float(a.square().mean()) == pytest.approx(exact, rel=0.1)
+
+
+def test_a_batch_that_does_not_fit_is_refused() -> None:
+    config = Config(agent="sac", **SMALL)  # type: ignore[arg-type]
+    policy = ExplicitPolicy(GaussianActor(4, 2, hidden_dims=(16,)))
+    agent = Agent(policy, TwinCritic(4, 2, hidden_dims=(16,)), config)
+    good = Batch(
+        torch.randn(2, 4), torch.rand(2, 2), torch.randn(2), torch.randn(2, 4), torch.zeros(2)
+    )
+    agent.update(good._replace(terminated=torch.tensor([True, False])))
+    state = copy.deepcopy(agent.state_dict())
+    bad = {
+        r"reward \(2, 1\)": good._replace(reward=torch.randn(2, 1)),
+        r"obs \(4,\)": good._replace(obs=torch.randn(4)),
+        r"next_obs \(2, 3\)": good._replace(next_obs=torch.randn(2, 3)),
+        "finite observations and rewards": good._replace(reward=torch.tensor([0.0, torch.nan])),
+    }
+    for message, batch in bad.items():
+        with pytest.raises(ValueError, match=message):
+            agent.update(batch)
+    assert_equal(agent.state_dict(), state)

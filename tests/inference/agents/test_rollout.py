@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete
+from PIL import Image
 
 from inference.agents.rollout import (
     Collector,
     Episode,
+    check_renders,
     evaluate,
     make_envs,
     record_episode,
@@ -49,6 +51,29 @@ class Count(gymnasium.Env[Any, Any]):
         return self._obs(), reward, over and self.end == "termination", over, {}
 
 
+class Noisy(Count):
+    """Its rewards come from NumPy's global generator."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, float(np.random.randn()), *rest  # type: ignore[return-value]  # noqa: NPY002
+
+
+class Picture(Count):
+    """Renders, or says why it cannot."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, *, render_mode: str | None = None, broken: bool = False) -> None:
+        super().__init__()
+        self.render_mode, self.broken = render_mode, broken
+
+    def render(self) -> Any:
+        if self.broken:
+            raise RuntimeError("no display")
+        return np.full((300, 400, 3), self.number, np.uint8)
+
+
 class Spaces(Count):
     """With spaces that the agents cannot work in."""
 
@@ -66,11 +91,16 @@ class Spaces(Count):
 
 @pytest.fixture(autouse=True, scope="module")
 def registered() -> Iterator[None]:
-    gymnasium.register("test/Count-v0", entry_point=Count, disable_env_checker=True)
-    gymnasium.register("test/Spaces-v0", entry_point=Spaces, disable_env_checker=True)
+    kinds = [Count, Noisy, Picture, Spaces]
+    for kind in kinds:
+        name = f"test/{kind.__name__}-v0"
+        gymnasium.register(name, entry_point=kind, disable_env_checker=True)
+    gymnasium.register(
+        *("test/Broken-v0", Picture), disable_env_checker=True, kwargs={"broken": True}
+    )
     yield
-    for name in ("test/Count-v0", "test/Spaces-v0"):
-        del gymnasium.registry[name]
+    for name in ("Count", "Noisy", "Picture", "Spaces", "Broken"):
+        del gymnasium.registry[f"test/{name}-v0"]
 
 
 @pytest.mark.parametrize("end", ["termination", "truncation"])
@@ -153,6 +183,23 @@ def test_what_is_not_finite_is_refused(bad: str) -> None:
         collector.step(torch.zeros(1, 1))
 
 
+def test_a_policy_that_has_diverged_is_not_taken_for_a_bad_environment() -> None:
+    collector = Collector(make_envs("test/Count-v0", 1), seed=0, name="Count-v0")
+    with pytest.raises(UserError, match=r"Count-v0: expected finite actions.*the policy has div"):
+        collector.step(torch.full((1, 1), torch.nan))
+    assert collector.steps == 0
+
+
+def test_evaluation_leaves_numpy_as_it_is() -> None:
+    state = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]  # noqa: NPY002
+    values = [
+        [one.value for one in evaluate("test/Noisy-v0", lambda obs: obs[:, :1] * 0, **options)]
+        for options in ({"episodes": 4, "seed": seed} for seed in (1, 1, 2))
+    ]
+    assert values[0] == values[1] != values[2]
+    assert (np.random.get_state()[1] == state).all()  # type: ignore[index]  # noqa: NPY002
+
+
 def test_evaluation_counts_as_many_episodes_of_each_and_draws_from_its_own_seed() -> None:
     state = torch.get_rng_state()
 
@@ -200,6 +247,7 @@ def test_return_figures_by_hand() -> None:
         ("HalfCheetah-v77", {}, "expected the id of a registered environment"),
         ("NoSuchThing-v0", {}, "expected the id of a registered environment"),
         ("not an id", {}, "expected the id of a registered environment"),
+        ("no_module_of_mine:Some-v0", {}, "No module named.*put its folder on PYTHONPATH"),
     ],
 )
 def test_bad_environments(env_id: str, options: dict[str, Any], message: str) -> None:
@@ -216,9 +264,23 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
         make_envs("HalfCheetah-v5", 1)
 
 
-def test_recording_what_cannot_be_rendered(tmp_path: Any) -> None:
-    with (
-        pytest.warns(UserWarning, match="render"),
-        pytest.raises(UserError, match="expected test/Count-v0 to render"),
-    ):
-        record_episode("test/Count-v0", lambda obs: obs[:, :1] * 0, tmp_path / "x.gif", seed=0)
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("test/Count-v0", "an environment that renders pictures, found test/Count-v0; leave"),
+        ("test/Broken-v0", "to render without a display, found: no display; set MUJOCO_GL=egl"),
+    ],
+)
+def test_recording_what_cannot_be_rendered(env_id: str, message: str, tmp_path: Any) -> None:
+    with pytest.raises(UserError, match=message):
+        check_renders(env_id)
+    with pytest.raises(UserError, match=message):
+        record_episode(env_id, lambda obs: obs[:, :1] * 0, tmp_path / "x.gif", seed=0)
+
+
+def test_recording(tmp_path: Any) -> None:
+    check_renders("test/Picture-v0")
+    path = tmp_path / "x.gif"
+    record_episode("test/Picture-v0", lambda obs: obs[:, :1] * 0, path, seed=0)
+    with Image.open(path) as image:
+        assert image.size == (240, 180)
