@@ -207,9 +207,9 @@ class Implicit(TorchDistribution):
                 raise
             given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
             raise type(error)(
-                f"Implicit: sampler({given}) failed: {error}. Expected a callable of noise and "
-                "context, of the noise alone without a context, for any number of draws: what else "
-                "differs by row has to be part of the context."
+                f"Implicit: sampler({given}) failed. Expected sampler(noise, context), or "
+                "sampler(noise) without a context, for any number of draws: what differs by row "
+                f"has to be part of the context. {error}"
             ) from error
         expected = sample_shape + self.batch_shape + self.event_shape
         if value.shape != expected:
