@@ -18,6 +18,7 @@ from inference.shared.errors import (
     one_seed,
     positive,
 )
+from pyro_ardae.score.whitening import per_context
 
 __all__ = [
     "MAY_DIFFER",
@@ -285,11 +286,15 @@ def _in_range(config: Config) -> list[tuple[bool, str, str]]:
     width = config.latent_dim * (2 if config.architecture == "mlp2" else 1)
     scored = config.guide in SCORED
     folds, draws, dim = config.score_folds, config.num_score_samples, config.latent_dim
+    kind, steps = config.score_whitening, config.score_steps
+    least = 2 if per_context(1, kind) else 1
     conditions += [
         (config.guide_samples >= 2 * width, "guide_samples", f"two a latent, {2 * width}"),
         (not deviates or config.gain < 1, "gain", "a number in (0, 1)"),
         (not deviates or config.noise_dim >= dim, "noise_dim", f"the latent's width, {dim}"),
         (not scored or draws >= max(2, folds), "num_score_samples", "--score-folds, 2 at least"),
+        (not scored or folds >= least, "score_folds", f"2 at least with --score-whitening {kind}"),
+        (not scored or steps is None or steps <= folds, "score_steps", "--score-folds at most"),
     ]
     return [(holds, name.replace("_", "-"), expected) for holds, name, expected in conditions]
 

@@ -311,6 +311,11 @@ def test_errors_end_in_one_line(
         (("vae", "sbmnist-mlp-implicit", "--gain", 1.5), "--gain: expected a number in (0, 1)"),
         (("vae", "sbmnist-mlp-implicit", "--noise-dim", 5), "--noise-dim: expected the latent's"),
         (("vae", "sbmnist-mlp-avb", "--score-folds", 9), "--num-score-samples: expected --score-"),
+        (("vae", "sbmnist-mlp-avb", "--score-steps", 2), "--score-steps: expected --score-folds"),
+        (
+            ("vae", "sbmnist-mlp-avb", "--base", "none", "--score-whitening", "pooled"),
+            "--score-folds: expected 2 at least with --score-whitening pooled, found 1",
+        ),
         (("evaluate", run, "--device", "abacus"), "--device: expected one that torch can use"),
         (("vae_plots", run, "--out", tmp_path / "f"), "expected a run on images, found 25gaus"),
         (
