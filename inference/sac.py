@@ -242,10 +242,10 @@ def _passes(before: int, after: int, every: int) -> bool:
 def run(config: Config) -> Path:
     """Trains, evaluates, draws; returns the run folder."""
     check(config)
-    if config.record_video:
-        check_renders(config.env)
     pyro.set_rng_seed(config.seed)
     training = Training(config)
+    if config.record_video:
+        check_renders(config.env)
     options = dataclasses.asdict(config)
     if config.resume is None:
         path = config.out or Path("runs") / "sac" / f"{config.preset}-seed{config.seed}"

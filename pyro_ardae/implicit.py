@@ -317,9 +317,8 @@ def _noise_distribution(
         if like is None and isinstance(sampler, nn.Module):
             like = next(sampler.parameters(), None)
         like = torch.zeros(()) if like is None else like.detach()
-        return dist.Normal(like.new_zeros(size), like.new_ones(size), validate_args=False).to_event(
-            1
-        )
+        normal = dist.Normal(like.new_zeros(size), like.new_ones(size), validate_args=False)
+        return normal.to_event(1)
     if not isinstance(noise, Distribution):
         raise TypeError(
             f"Implicit: expected `noise` to be an int or a reparameterized distribution, got "

@@ -37,7 +37,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; checkpoints are as they were", file=sys.stderr)
+        print("interrupted; what was written is whole", file=sys.stderr)
         raise SystemExit(130) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

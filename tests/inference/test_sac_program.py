@@ -189,6 +189,7 @@ def test_errors_end_in_one_line(
         (("sac", "pendulum-sac", *tiny, "--device", "abacus", *never), "--device: expected one"),
         (("sac", "hopper-sac-ardae", *tiny, "--noise-dim", 1, *never), "width at least, 3, found"),
         (("sac", "multigoal-sac", *tiny, "--record-video", *never), "that renders pictures"),
+        (("sac", "pendulum-sac", "--record-video", "--env", "No-v3", *never), "a registered envir"),
         (("bandit", "--seconds", 0), "--seconds: expected a positive number"),
         (("sac", "pendulum-sac", *tiny, "--seed", -1, *never), "--seed: expected a number in [0,"),
         (("sac", "pendulum-sac", *tiny, "--part-bits", 3, *never), "sac does not read it"),
