@@ -59,9 +59,9 @@ __all__ = ["Options", "evaluate", "main", "train"]
 
 #: Options of the agent that a bandit does not read.
 _UNREAD = (
-    *("env", "steps", "num_envs", "seed", "device", "threads", "out", "resume", "eval_every"),
-    *("eval_episodes", "checkpoint_every", "save_buffer", "record_video", "buffer_size"),
-    *("learning_starts", "gamma", "tau", "learning_rate", "alpha"),
+    *("env", "obs_limit", "steps", "num_envs", "seed", "device", "threads", "out", "resume"),
+    *("eval_every", "eval_episodes", "checkpoint_every", "save_buffer", "record_video"),
+    *("buffer_size", "learning_starts", "gamma", "tau", "learning_rate", "alpha"),
     *("target_entropy", "subtract_entropy_mean"),
 )
 

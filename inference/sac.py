@@ -76,7 +76,7 @@ class Training:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        envs = make_envs(config.env, config.num_envs)
+        envs = make_envs(config.env, config.num_envs, obs_limit=config.obs_limit)
         first = seed_of(config.seed, "episodes", 0)
         self.collector = Collector(envs, seed=first, name=config.env)
         obs_dim, action_dim = self.collector.obs_dim, self.collector.action_dim
@@ -200,6 +200,7 @@ class Training:
             episodes=config.eval_episodes,
             seed=seed_of(config.seed, "evaluation", self.steps_done),
             device=config.device,
+            obs_limit=config.obs_limit,
         )
 
 
@@ -296,7 +297,8 @@ def run(config: Config) -> Path:
         act = training.agent.act
         video = path / "figures" / "episode.gif"
         seed = seed_of(config.seed, "video", 0)
-        figures.append(record_episode(config.env, act, video, seed=seed, device=config.device))
+        where = {"device": config.device, "obs_limit": config.obs_limit}
+        figures.append(record_episode(config.env, act, video, seed=seed, **where))
     print(f"run folder {path}, figures {', '.join(str(figure) for figure in figures)}")
     return path
 

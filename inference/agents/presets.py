@@ -56,6 +56,8 @@ class Config:
     agent: tyro.conf.Suppress[AgentName] = "sac"
     """Gaussian, normalizing flow or implicit policy; fixed by the preset."""
 
+    obs_limit: float | None = None
+    """Magnitude at which observations are cut off; by default they are not."""
     steps: int = 100_000
     """Environment steps."""
     num_envs: int = 1
@@ -189,6 +191,8 @@ _DESCRIPTIONS = {
 
 def _preset(env: str, agent: AgentName) -> Config:
     config = Config(env=env, agent=agent)
+    if env.startswith("Humanoid"):
+        config = dataclasses.replace(config, obs_limit=10.0)  # contact forces are in the thousands
     if env == "Pendulum-v1":
         config = dataclasses.replace(config, steps=10_000, learning_starts=500, eval_every=1000)
     if env == "pyro_ardae/MultiGoal-v0":
@@ -236,7 +240,7 @@ def check(config: Config) -> None:
         *positive(
             config,
             *("steps", "num_envs", "eval_every", "eval_episodes", "checkpoint_every", "threads"),
-            *("learning_rate", "actor_learning_rate", "noise_dim"),
+            *("learning_rate", "actor_learning_rate", "noise_dim", "obs_limit"),
             *("score_depth", "score_learning_rate", "score_steps"),
         ),
         (config.learning_starts >= 0, "learning-starts", "no negative number"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from gymnasium.error import DependencyNotInstalled, Error
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.wrappers import FlattenObservation, TransformAction
+from gymnasium.wrappers import FlattenObservation, TransformAction, TransformObservation
 from PIL import Image
 from torch import Tensor
 
@@ -82,9 +83,12 @@ def _check(env: gymnasium.Env[Any, Any], env_id: str) -> None:
         )
 
 
-def wrap(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
+def wrap(
+    env: gymnasium.Env[Any, Any], *, obs_limit: float | None = None
+) -> gymnasium.Env[Any, Any]:
     """Flat observations and actions in [-1, 1].
 
+    :param obs_limit: magnitude at which observations are cut off, if they are.
     :raises UserError: if its spaces are not bounded boxes of real numbers.
     """
     _check(env, env.spec.id if env.spec else "environment")
@@ -99,16 +103,25 @@ def wrap(env: gymnasium.Env[Any, Any]) -> gymnasium.Env[Any, Any]:
         scaled = np.clip(low + share * (high - low), low, high)
         return scaled.astype(kind).reshape(space.shape)
 
-    return TransformAction(FlattenObservation(env), scale, Box(-1, 1, low.shape, kind))
+    env = FlattenObservation(env)
+    if obs_limit is not None:
+        seen = env.observation_space
+        assert isinstance(seen, Box)
+        bound = Box(-obs_limit, obs_limit, seen.shape, seen.dtype.type)  # type: ignore[union-attr]
+        env = TransformObservation(env, lambda obs: np.clip(obs, bound.low, bound.high), bound)
+    return TransformAction(env, scale, Box(-1, 1, low.shape, kind))
 
 
-def make_envs(env_id: str, num_envs: int, **options: Any) -> VectorEnv[Any, Any, Any]:
+def make_envs(
+    env_id: str, num_envs: int, *, obs_limit: float | None = None, **options: Any
+) -> VectorEnv[Any, Any, Any]:
     """Environments stepped together, with flat observations and actions in [-1, 1].
 
     A finished one is reset in the same step; its last observation is in ``infos["final_obs"]``.
 
     :param str env_id: gymnasium's id.
     :param int num_envs: how many.
+    :param obs_limit: magnitude at which observations are cut off, if they are.
     :param options: arguments of the environment, as for :func:`gymnasium.make`.
     :raises UserError: if there is no such environment, what it needs is missing, or its spaces are
         not bounded boxes.
@@ -119,7 +132,7 @@ def make_envs(env_id: str, num_envs: int, **options: Any) -> VectorEnv[Any, Any,
             num_envs=num_envs,
             vectorization_mode="sync",
             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
-            wrappers=(wrap,),
+            wrappers=(partial(wrap, obs_limit=obs_limit),),
             **options,
         )
     except (DependencyNotInstalled, ImportError) as error:
@@ -250,7 +263,13 @@ class Collector:
 
 
 def evaluate(
-    env_id: str, act: Act, *, episodes: int, seed: int, device: str = "cpu"
+    env_id: str,
+    act: Act,
+    *,
+    episodes: int,
+    seed: int,
+    device: str = "cpu",
+    obs_limit: float | None = None,
 ) -> list[Episode]:
     """Plays whole episodes, up to 10 side by side, with randomness of their own.
 
@@ -260,6 +279,7 @@ def evaluate(
     :param Act act: the policy.
     :param int episodes: number of episodes, >= 1.
     :param int seed: seed of environments and policy.
+    :param obs_limit: as for :func:`make_envs`.
     :returns: as many of each environment, with their transitions; those that finish first would be
         the short ones.
     :raises UserError: if an episode does not end.
@@ -268,7 +288,8 @@ def evaluate(
     counts = [episodes // side_by_side] * side_by_side
     found, steps = [], []
     with forked_rng(seed):
-        collector = Collector(make_envs(env_id, side_by_side), seed=seed, name=env_id)
+        envs = make_envs(env_id, side_by_side, obs_limit=obs_limit)
+        collector = Collector(envs, seed=seed, name=env_id)
         while any(counts):
             steps.append(collector.step(act(collector.obs.to(device)).cpu()))
             _refuse_endless(collector.longest, env_id)
@@ -317,13 +338,22 @@ def check_renders(env_id: str) -> None:
         env.render()
 
 
-def record_episode(env_id: str, act: Act, path: Path, *, seed: int, device: str = "cpu") -> Path:
+def record_episode(
+    env_id: str,
+    act: Act,
+    path: Path,
+    *,
+    seed: int,
+    device: str = "cpu",
+    obs_limit: float | None = None,
+) -> Path:
     """Plays an episode and writes it as a small animated GIF, every fourth frame.
 
     :param Path path: the file, ``*.gif``.
+    :param obs_limit: as for :func:`make_envs`.
     :raises UserError: if the environment cannot be rendered.
     """
-    with _rendering(env_id) as env, forked_rng(seed):
+    with _rendering(env_id, obs_limit) as env, forked_rng(seed):
         obs, _ = env.reset(seed=seed)
         frames, over, steps = [], False, 0
         while not over:
@@ -340,7 +370,7 @@ def record_episode(env_id: str, act: Act, path: Path, *, seed: int, device: str 
 
 
 @contextmanager
-def _rendering(env_id: str) -> Iterator[gymnasium.Env[Any, Any]]:
+def _rendering(env_id: str, obs_limit: float | None = None) -> Iterator[gymnasium.Env[Any, Any]]:
     """An environment that renders pictures.
 
     :raises UserError: for one that has none, or whatever else goes wrong.
@@ -353,7 +383,7 @@ def _rendering(env_id: str) -> Iterator[gymnasium.Env[Any, Any]]:
                 f"--record-video: expected an environment that renders pictures, found {env_id}; "
                 "leave the option out"
             )
-        env = wrap(gymnasium.make(env_id, render_mode="rgb_array"))
+        env = wrap(gymnasium.make(env_id, render_mode="rgb_array"), obs_limit=obs_limit)
         try:
             yield env
         finally:

@@ -142,7 +142,7 @@ def _learn_sb3(config: Config, path: Path) -> None:
     folder = RunFolder.create(path, _options(config, "sb3"), COLUMNS)
     model = SAC(
         "MlpPolicy",
-        wrap(gymnasium.make(config.env)),
+        wrap(gymnasium.make(config.env), obs_limit=config.obs_limit),
         buffer_size=min(config.buffer_size, config.steps),
         learning_starts=config.learning_starts,
         batch_size=config.batch_size,
@@ -160,7 +160,13 @@ def _learn_sb3(config: Config, path: Path) -> None:
             return torch.from_numpy(model.predict(obs.numpy(), deterministic=not noise)[0])
 
         seed = seed_of(config.seed, "evaluation", model.num_timesteps)
-        return evaluate(config.env, act, episodes=config.eval_episodes, seed=seed)
+        return evaluate(
+            config.env,
+            act,
+            episodes=config.eval_episodes,
+            seed=seed,
+            obs_limit=config.obs_limit,
+        )
 
     class Evaluations(BaseCallback):
         def _on_step(self) -> bool:

@@ -127,6 +127,18 @@ def test_three_step_episode(end: str, num_envs: int) -> None:
     assert collector.steps == 4 * num_envs
 
 
+def test_observations_are_cut_off_at_a_limit() -> None:
+    envs = make_envs("test/Count-v0", 2, obs_limit=1.5)
+    assert float(np.abs(envs.single_observation_space.high).max()) == 1.5
+    collector = Collector(envs, seed=0, name="Count")
+    seen = [collector.step(torch.zeros(2, 1)).next_obs[0, 0] for _ in range(4)]
+    assert [float(value) for value in seen] == [1, 1.5, 1.5, 1]  # the third is an episode's last
+    (one,) = evaluate(
+        "test/Count-v0", lambda obs: obs[:, :1] * 0, episodes=1, seed=0, obs_limit=1.5
+    )
+    assert float(one.last_obs[0]) == 1.5
+
+
 def test_actions_are_mapped_to_the_bounds() -> None:
     collector = Collector(make_envs("test/Count-v0", 1), seed=0, name="Count")
     for action, expected in ((-1.0, -3.0), (0.0, -1.0), (1.0, 1.0)):
