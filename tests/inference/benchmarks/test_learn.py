@@ -62,7 +62,9 @@ class FakeSAC:
             assert callback._on_step()
 
 
-def play(env_id: str, act: Act, *, episodes: int, seed: int) -> list[Episode]:
+def play(
+    env_id: str, act: Act, *, episodes: int, seed: int, obs_limit: float | None
+) -> list[Episode]:
     """In place of episodes: returns that are the first action."""
     obs = torch.zeros(1, 2)
     return [Episode(0, float(act(obs)[0, 0]), 1, obs[0])] * episodes
