@@ -142,7 +142,8 @@ def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[P
 def multi_goal_paths(agent: Agent, config: Config, count: int = 40) -> list[Tensor]:
     """Trajectories from the start."""
     seed = seed_of(config.seed, "paths", 0)
-    episodes = evaluate(config.env, agent.act, episodes=count, seed=seed, device=config.device)
+    options = {"device": config.device, "obs_limit": config.obs_limit}
+    episodes = evaluate(config.env, agent.act, episodes=count, seed=seed, **options)
     steps = [episode.transitions for episode in episodes]
     return [torch.cat([one.obs, one.next_obs[-1:]]) for one in steps if one is not None]
 
