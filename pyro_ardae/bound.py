@@ -79,18 +79,6 @@ class _Density:
                     fn.density = None
 
 
-class _DensityELBO(_Density, TraceImplicit_ELBO):
-    pass
-
-
-class _DensityMeanFieldELBO(_Density, TraceImplicitMeanField_ELBO):
-    pass
-
-
-class _DensityEnumELBO(_Density, TraceImplicitEnum_ELBO):
-    pass
-
-
 def elbo_estimate(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -139,11 +127,9 @@ def elbo_estimate(
         raise ValueError(f"num_samples: expected at least 2, got {num_samples}")
     if num_updates < 0:
         raise ValueError(f"num_updates: expected at least 0, got {num_updates}")
-    kind: Any = _DensityELBO
-    if isinstance(loss, TraceImplicitEnum_ELBO):
-        kind = _DensityEnumELBO
-    elif isinstance(loss, TraceImplicitMeanField_ELBO):
-        kind = _DensityMeanFieldELBO
+    kinds = (TraceImplicitEnum_ELBO, TraceImplicitMeanField_ELBO)
+    base = next((kind for kind in kinds if isinstance(loss, kind)), TraceImplicit_ELBO)
+    density_loss: Any = type("_DensityELBO", (_Density, base), {})
     if loss is not None:
         loss._restore(guide, args)
     trained = [] if loss is None else list(loss.estimators.values())
@@ -155,7 +141,7 @@ def elbo_estimate(
     # Batches, whose means are independent, so that a loss that sums over particles will do.
     batches = min(num_samples, 20 if parallel else num_samples)
     particles = math.ceil(num_samples / batches)
-    elbo = kind(
+    elbo = density_loss(
         factory,
         loss.num_score_samples if loss is not None and started else None,
         num_score_contexts=loss.num_score_contexts if loss is not None else None,

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pyro
@@ -149,6 +150,10 @@ class _ImplicitELBO:
         self._guide = None
         self.max_plate_nesting = self._given_nesting
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy need not know the guide; one that is defined in a function cannot be pickled."""
+        return {**self.__dict__, "_guide": None}
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Within this context the score estimators answer, but do not learn."""
@@ -176,7 +181,7 @@ class _ImplicitELBO:
                         "the learning rate."
                     )
                 return loss
-            except ValueError:  # earlier particles have left their gradients
+            except Exception:  # earlier particles have left their gradients
                 pyro.infer.util.zero_grads(_parameters(seen.trace))
                 raise
 
@@ -236,6 +241,8 @@ class _ImplicitELBO:
         if not self._learning:
             return
         guide = poutine.unwrap(guide)
+        while isinstance(guide, partial):
+            guide = poutine.unwrap(guide.func)
         guide = (getattr(guide, "__self__", None), getattr(guide, "__func__", guide))
         if self._guide is None:
             self._guide = guide
@@ -265,12 +272,13 @@ class _ImplicitELBO:
             with poutine.block():
                 samples, found = source.flat_draws(count, center=wanted)
             center = found if wanted else center
-            if not torch.isfinite(samples.sum()):
+            if not torch.isfinite(samples.square().sum()):  # the estimators keep squares of them
                 raise ValueError(
-                    f"implicit site '{name}': its sampler returned non-finite values. The step was "
-                    "refused and no parameter changed. Lower the learning rate, clip gradients, or "
-                    "check the data for NaN. If every step is refused, parameters are NaN already: "
-                    "an earlier step had a finite loss without a finite gradient."
+                    f"implicit site '{name}': its sampler returned non-finite values, or some too "
+                    "large to be squared. The step was refused and no parameter changed. Lower the "
+                    "learning rate, clip gradients, or check the data for NaN. If every step is "
+                    "refused, parameters are NaN already: an earlier step had a finite loss "
+                    "without a finite gradient."
                 )
             return samples
 
@@ -402,7 +410,8 @@ class TraceImplicit_ELBO(_ImplicitELBO, Trace_ELBO):
         particle where particles are not vectorized.
     :param num_particles: draws of the guide per step, as in Pyro.
     :param num_score_contexts: contexts per update of the estimator, a random subset of those of the
-        step; all by default. Fewer make an update cheaper, and bound its memory for large plates.
+        step; all by default. Fewer make an update cheaper, and bound its memory for large plates;
+        the sampler is run for all of them.
     :param score_interval: runs of the guide to one in which the estimators learn, the first of
         them; an estimator whose queries need no draws has none made in the others. The guide moves
         little from one step to the next.

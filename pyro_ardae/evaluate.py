@@ -11,7 +11,8 @@ number beside every figure, and compare guides at the same one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -96,10 +97,7 @@ def fitted_gaussian_log_marginal(
         jitter=jitter,
         chunk_size=chunk_size,
     )
-    log_total = guide_samples.new_full((guide_samples.shape[1],), -math.inf)
-    for chunk in weights:
-        log_total = torch.logaddexp(log_total, chunk.logsumexp(0))
-    return log_total - math.log(num_samples)
+    return _log_sum(weights) - math.log(num_samples)
 
 
 def fit_gaussian(
@@ -213,13 +211,8 @@ def log_marginal_from_guide(
     :raises ValueError: if a count is below 1.
     :raises NotImplementedError: if the posterior has no density.
     """
-    _check_counts(num_samples, chunk_size)
-    total: Tensor | None = None
-    for size in _chunks(num_samples, chunk_size):
-        chunk = _log_ratio(log_joint, posterior, size).logsumexp(0)
-        total = chunk if total is None else torch.logaddexp(total, chunk)
-    assert total is not None
-    return total - math.log(num_samples)
+    weights = _log_weights(log_joint, posterior, num_samples, chunk_size)
+    return _log_sum(weights) - math.log(num_samples)
 
 
 @torch.no_grad()
@@ -243,19 +236,23 @@ def elbo(
     :raises ValueError: if a count is below 1.
     :raises NotImplementedError: if the posterior has no density.
     """
+    weights = _log_weights(log_joint, posterior, num_samples, chunk_size)
+    return reduce(torch.add, (chunk.sum(0) for chunk in weights)) / num_samples
+
+
+def _log_weights(
+    log_joint: LogJoint, posterior: Distribution, num_samples: int, chunk_size: int
+) -> Iterator[Tensor]:
+    """Log of p(x, z) over q(z | x) for draws of the posterior, ``[chunk, B]`` at a time."""
     _check_counts(num_samples, chunk_size)
-    total: Tensor | None = None
     for size in _chunks(num_samples, chunk_size):
-        chunk = _log_ratio(log_joint, posterior, size).sum(0)
-        total = chunk if total is None else total + chunk
-    assert total is not None
-    return total / num_samples
+        latent = posterior.sample(torch.Size((size,)))
+        yield log_joint(latent) - posterior.log_prob(latent)
 
 
-def _log_ratio(log_joint: LogJoint, posterior: Distribution, size: int) -> Tensor:
-    latent = posterior.sample(torch.Size((size,)))
-    log_prob: Tensor = posterior.log_prob(latent)
-    return log_joint(latent) - log_prob
+def _log_sum(chunks: Iterable[Tensor]) -> Tensor:
+    """Log of the sum of exponentials over the first dimension of all chunks."""
+    return reduce(torch.logaddexp, (chunk.logsumexp(0) for chunk in chunks))
 
 
 def _check_counts(num_samples: int, chunk_size: int) -> None:

@@ -234,7 +234,9 @@ class Implicit(TorchDistribution):
                 "An Implicit distribution has no density: log_prob() exists only inside "
                 "TraceImplicit_ELBO and its variants, which supply its gradient. Train with "
                 "SVI(model, guide, optim, loss=TraceImplicit_ELBO()); losses and diagnostics that "
-                "need the value of log q (Trace_ELBO, RenyiELBO, Importance, …) cannot be used."
+                "need the value of log q (Trace_ELBO, RenyiELBO, Importance, …) cannot be used. "
+                "Inside those losses it exists for the guide's sites, bare or under bijections: "
+                "a mixture, and a site of the model, need its value."
             )
         surrogate = self.score(self, value.detach()) * value
         if self.event_shape:

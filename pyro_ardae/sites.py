@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_ardae.implicit import Implicit, find_implicit, is_reparameterized
+from pyro_ardae.implicit import Implicit, find_implicit, is_reparameterized, unwrapped
 from pyro_ardae.probe import check_context
 from pyro_ardae.score import ScoreEstimator
 
@@ -57,7 +58,8 @@ class ScoreMessenger(Messenger):
             self._attach(msg["name"], fn, msg["value"])
         elif not site_is_subsample(msg) and not is_reparameterized(msg["fn"]):
             self._not_reparameterized.append(msg["name"])
-        self._earlier[msg["name"]] = msg["value"]
+        if not isinstance(unwrapped(msg["fn"]), Delta):  # which varies by what it is made of only
+            self._earlier[msg["name"]] = msg["value"]
 
     def _refuse(self, name: str) -> None:
         """Pyro differentiates by such a site through the value of what follows it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import pyro.distributions as dist
@@ -29,6 +30,7 @@ class _Slot:
 
     name: str
     event_shape: tuple[int, ...]
+    dtype: torch.dtype
     others: tuple[int, ...]  # sizes by batch dimension, 1 where the dimension is a plate's
 
     @property
@@ -70,6 +72,11 @@ class Group:
     @property
     def dim(self) -> int:
         return sum(slot.size for slot in self.slots)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the vectors as they are packed."""
+        return reduce(torch.promote_types, (slot.dtype for slot in self.slots))
 
     @property
     def nesting(self) -> int:
@@ -114,13 +121,14 @@ class Group:
         :param particles: their number, to flatten their dimensions into one.
         """
         result = {}
-        sizes = [slot.size for slot in self.slots]
+        sizes, packed = [slot.size for slot in self.slots], self.dtype
         for slot, part in zip(self.slots, latent.split(sizes, -1), strict=True):
             rank, event = slot.rank, len(slot.event_shape)
             batch = part.shape[:-1]
             batch = (1,) * (rank - len(batch)) + batch
             lead, rows = batch[: len(batch) - rank], batch[len(batch) - rank :]
             part = part.reshape((*batch, *slot.others, *slot.event_shape))
+            part = part.to(slot.dtype) if latent.dtype == packed else part  # or moved since
             p = len(lead)
             order = [*range(p)]
             for k in range(rank):
@@ -208,7 +216,7 @@ def find_groups(
         for frame in inside:
             batch[frame.dim] = 1
         groups[key].slots.append(
-            _Slot(name, tuple(value.shape[value.dim() - event_dim :]), tuple(batch))
+            _Slot(name, tuple(value.shape[value.dim() - event_dim :]), value.dtype, tuple(batch))
         )
     labels: dict[str, tuple[str, ...]] = {}
     for key, group in groups.items():

@@ -79,9 +79,9 @@ def check_structure(
             warnings.warn(
                 f"AutoImplicit: elements of site '{name}' are masked out. Nothing but their "
                 "entropy acts on them, so the guide makes them ever wider, and what it shares "
-                "between latents suffers. Hide them, AutoImplicit(poutine.block(model, "
-                f"hide=['{name}'])), where drawing the site from the model will do, as for missing "
-                "observations.",
+                "between latents suffers. Where drawing the site from the model will do, as for "
+                f"missing observations, hide it from both: hidden = poutine.block(model, "
+                f"hide=['{name}']), guide = AutoImplicit(hidden), SVI(hidden, guide, ...).",
                 stacklevel=2,
             )
     if not expected:

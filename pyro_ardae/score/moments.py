@@ -119,7 +119,9 @@ class Moments(nn.Module):
         self.gram.mul_(forget).addmm_(wide.mT, wide)
         self.cross.mul_(forget).addmm_(wide.mT, together.double())
         ridge = 1e-5 * self.gram.diagonal().mean()
-        factor = torch.linalg.cholesky(self.gram + ridge * torch.eye(len(self.gram)).to(self.gram))
+        gram = self.gram.clone()
+        gram.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(gram)
         self.solution.copy_(torch.cholesky_solve(self.cross, factor))
         self.fits += 1
 

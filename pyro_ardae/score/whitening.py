@@ -252,6 +252,8 @@ class Whitening(nn.Module):
     def _pooled_frame(self, batch: tuple[int, ...]) -> Frame:
         shape = (*batch, self.dim)
         scale = self.pooled_cov.diagonal().clamp_min(1e-30).sqrt()
+        # A constant dimension: what its draws differ by is rounding.
+        scale = scale.maximum(4 * torch.finfo(scale.dtype).eps * self.pooled_mean.abs())
         return Frame(self.pooled_mean.expand(shape), scale.expand(shape), self.unmix, _GAUSSIAN)
 
     def _identity(self, batch: tuple[int, ...]) -> Frame:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -421,6 +423,25 @@ def test_another_guide_of_the_same_sizes_warns_once() -> None:
     elbo.loss_and_grads(model, guide)
 
 
+def test_a_guide_with_bound_arguments_is_the_same_guide() -> None:
+    elbo = TraceImplicit_ELBO(SMALL)
+    for _ in range(2):
+        elbo.loss_and_grads(model, partial(guide, width=3))  # a new object; a warning is an error
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_the_loss_does_not_know_the_guide(copied: Callable[[Any], Any]) -> None:
+    def nested() -> None:  # cannot be pickled
+        guide()
+
+    elbo = TraceImplicit_ELBO(SMALL)
+    elbo.loss_and_grads(model, nested)
+    other = copied(elbo)
+    for value, expected in zip(snapshot(other), snapshot(elbo), strict=True):
+        assert torch.equal(value, expected)
+    other.loss_and_grads(model, guide)  # any warning is an error
+
+
 # ---- non-finite draws ----------------------------------------------------------------------------
 
 
@@ -442,7 +463,7 @@ def snapshot(elbo: TraceImplicit_ELBO) -> list[Tensor]:
     return state
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
 @pytest.mark.parametrize("elbo_class", [TraceImplicit_ELBO, TraceImplicitEnum_ELBO])
 def test_non_finite_draws_are_refused(value: float, elbo_class: Any) -> None:
     spoiler = Spoiler(value)
@@ -458,6 +479,24 @@ def test_non_finite_draws_are_refused(value: float, elbo_class: Any) -> None:
     spoiler.first = float("inf")
     svi.step()
     assert all(bool(torch.isfinite(p).all()) for p in snapshot(elbo))
+
+
+def test_a_particle_whose_model_fails_leaves_no_gradient_of_earlier_ones() -> None:
+    """As a Cholesky decomposition does, with a RuntimeError."""
+    runs = 0
+
+    def failing() -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 2:
+            torch.linalg.cholesky(-torch.eye(2))
+        model()
+
+    elbo = TraceImplicit_ELBO(SMALL, num_particles=2, max_plate_nesting=1)
+    with pytest.raises(RuntimeError, match="cholesky"):
+        elbo.loss_and_grads(failing, guide)
+    for parameter in pyro.get_param_store()._params.values():
+        assert parameter.grad is None or not bool(parameter.grad.any())
 
 
 def test_refused_particle_leaves_no_gradient_of_earlier_ones() -> None:

@@ -26,6 +26,7 @@ from pyro_ardae import (
 
 SMALL = partial(ARDAE, hidden_dim=8, depth=1)
 ROWS, D = 5, 2
+AUXILIARY = {"is_auxiliary": True}
 
 
 class Nets(nn.Module):
@@ -120,6 +121,12 @@ def behind_a_transform(a: Tensor) -> Any:
     )
 
 
+def of_a_point(a: Tensor) -> Implicit:
+    """Of a site that is a parameter: there is nothing to average over."""
+    scale = pyro.sample("scale", dist.Delta(NETS.loc.exp(), event_dim=1), infer=AUXILIARY)
+    return Implicit(lambda eps, c: scale * eps + c, D, NETS.encoder(X))
+
+
 RIGHT = [
     behind_a_transform,
     of_nothing,
@@ -156,6 +163,12 @@ def test_no_warning(local: Callable[[Tensor], Implicit], particles: str) -> None
     run(local, **PARTICLES[particles])  # any warning is an error
 
 
+@pytest.mark.parametrize("particles", ["one", "three"])
+def test_no_warning_of_a_site_that_is_a_parameter(particles: str) -> None:
+    """Vectorized particles repeat its value, so there it has to be in the context."""
+    run(of_a_point, **PARTICLES[particles])
+
+
 # ---- something is missing ------------------------------------------------------------------------
 
 
@@ -170,6 +183,11 @@ def lacks_the_global_and_has_no_context(a: Tensor) -> Implicit:
 def lacks_the_global_of_the_noise(a: Tensor) -> Implicit:
     noise = dist.Normal(rows(a), 1.0).to_event(1)
     return Implicit(lambda eps, c: c + eps, noise, NETS.encoder(X))
+
+
+def lacks_a_point_of_the_global(a: Tensor) -> Implicit:
+    twice = pyro.sample("twice", dist.Delta(2 * a, event_dim=1), infer=AUXILIARY)
+    return Implicit(lambda eps, c: c + rows(twice) + eps, D, NETS.encoder(X))
 
 
 def lacks_the_features(a: Tensor) -> Implicit:
@@ -194,7 +212,12 @@ def lacks_the_data_of_the_noise(a: Tensor) -> Implicit:
 @pytest.mark.parametrize("particles", PARTICLES)
 @pytest.mark.parametrize(
     "local",
-    [lacks_the_global, lacks_the_global_and_has_no_context, lacks_the_global_of_the_noise],
+    [
+        lacks_the_global,
+        lacks_the_global_and_has_no_context,
+        lacks_the_global_of_the_noise,
+        lacks_a_point_of_the_global,
+    ],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("explicit", [False, True])

@@ -125,6 +125,17 @@ def test_packing_undoes_unpacking() -> None:
         assert torch.equal(group.pack(values), latent), key
 
 
+def test_latents_keep_their_dtypes() -> None:
+    def mixed() -> None:
+        pyro.sample("wide", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+        pyro.sample("narrow", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    (group,) = find_groups(poutine.trace(mixed).get_trace(), set(), set(), {})
+    values = group.unpack(torch.randn(4, 3, dtype=torch.double))
+    assert values["wide"].dtype == torch.double
+    assert values["narrow"].dtype == torch.float
+
+
 def test_rows_stay_rows() -> None:
     """Row n of the latent holds what belongs to index n of the plate, and nothing else."""
     group = groups()[("e", "d")]

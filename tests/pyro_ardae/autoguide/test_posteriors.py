@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI
 from torch import Tensor
 
@@ -126,3 +127,30 @@ def test_eight_schools(centred: bool, steps: int, seed: int) -> None:
     for name, values in quadrature().items():
         assert float(draws[name].mean()) == pytest.approx(values[0], rel=0.1), name
         assert float(draws[name].std()) == pytest.approx(values[1], rel=0.1), name
+
+
+@pytest.mark.slow
+def test_missing_observations_that_are_hidden_from_both() -> None:
+    """As the guide's page says: the scale of 40 rows, half of them missing. With the whole model
+    in the loss it is .79 ± .09 instead of 1.14 ± .19.
+    """
+    pyro.set_rng_seed(0)
+    x, seen = torch.randn(40), torch.arange(40) < 20
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, scale), obs=x, obs_mask=seen)
+
+    grid = torch.linspace(0.2, 5, 5000)
+    log_density = dist.Normal(0.0, grid).log_prob(x[seen].unsqueeze(-1)).sum(0)
+    weight = torch.softmax(log_density + dist.LogNormal(0.0, 1.0).log_prob(grid), 0)
+    mean = float((weight * grid).sum())
+    spread = float((weight * (grid - mean) ** 2).sum()) ** 0.5
+
+    hidden = poutine.block(model, hide=["x_unobserved"])
+    guide = AutoImplicit(hidden)
+    fit(hidden, guide, 1200, num_particles=16, num_score_samples=256)
+    draws = guide.sample_posterior(100_000)["scale"]
+    assert float(draws.mean()) == pytest.approx(mean, abs=0.1 * spread)
+    assert float(draws.std()) == pytest.approx(spread, rel=0.1)

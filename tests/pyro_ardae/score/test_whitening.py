@@ -283,3 +283,15 @@ def test_one_row_of_no_spread_stays_finite() -> None:
         frame = whitening.frame(z, context)
         assert bool(torch.isfinite(frame.whiten(z)).all())
         assert bool(torch.isfinite(frame.log_abs_det()).all())
+
+
+@pytest.mark.parametrize("mode", ["diagonal", "pooled", "full"])
+def test_a_constant_dimension_is_as_wide_as_its_rounding(mode: Any) -> None:
+    """Scores go as one over the scale: of 1e-15 they would be rounding errors times 1e15."""
+    whitening = Whitening(2, 0, mode=mode)
+    z = torch.stack([torch.randn(8, 16, 1), torch.full((8, 16, 1), 0.7)], -1)
+    for _ in range(3):
+        whitening.pool(z, torch.zeros(1, 0))
+    frame = whitening.frame(z[0], torch.zeros(1, 0))
+    assert float(frame.scale.flatten()[1]) >= 0.7 * torch.finfo(z.dtype).eps
+    assert float(frame.whiten(z[0]).abs().max()) < 10
