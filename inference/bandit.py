@@ -263,6 +263,9 @@ def _run(options: Options) -> None:
             config = dataclasses.replace(options.config, agent=agent_name)
             build_policy(config, Bandit.NUM_STATES, BANDITS[name].action_dim)
     make_folder(options.out)
+    results = options.out / "results.csv"
+    if results.exists():
+        raise UserError(f"{results}: expected none yet, found one; give another --out")
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:
         for name in options.bandits:
@@ -279,7 +282,7 @@ def _run(options: Options) -> None:
                     print(", ".join(shown), flush=True)
                 columns = list(dict.fromkeys(column for row in rows for column in row))
                 lines = ([row.get(column, "") for column in columns] for row in rows)
-                write_csv(options.out / "results.csv", columns, lines)
+                write_csv(results, columns, lines)
 
 
 if __name__ == "__main__":

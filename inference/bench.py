@@ -9,7 +9,7 @@ turns in one process, so that a slow moment of the machine meets both:
 - explicit: ``Trace_ELBO`` with the Gaussian guide;
 - implicit: ``TraceImplicit_ELBO`` with the implicit guide of the same size, score updates included;
 - score: loss and gradient of an optimizer step of the score network alone, and its matrix products
-  alone, of the same shapes.
+  alone, of the shapes that it has in the implicit variant.
 
 It prints the median of each, their ratio, the rate of a matrix product in fp32 and bf16 measured
 between the steps, and the peak memory of each variant, of a process of its own that takes a few
@@ -46,7 +46,7 @@ import torch
 import tyro
 from pyro.infer import SVI
 
-from inference.autoencoders.presets import PRESETS, build_loss, build_score_estimator, build_vae
+from inference.autoencoders.presets import PRESETS, build_loss, build_vae
 from inference.benchmarks.learn import Learn, bench_learn
 from inference.benchmarks.rows import bench_rows, describe_rows
 from inference.benchmarks.sac import Sac, bench_sac, describe_sac
@@ -55,6 +55,7 @@ from inference.shared.errors import UserError, check_device, check_options, user
 from inference.shared.optim import TorchOptim
 from inference.shared.process import keep_freed_memory, mujoco_warns_once, use_threads
 from pyro_ardae.score.student import Student
+from pyro_ardae.score.whitened import WhitenedEstimator
 
 __all__ = ["Step", "bench_step", "main"]
 
@@ -65,7 +66,19 @@ GEMM_SHAPE = (4096, 256, 256)
 
 
 @dataclass(frozen=True)
-class Step:
+class _Shapes:
+    threads: int = 1
+    """CPU threads of torch."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
+    """Precision of the matrix products of model and guide."""
+    batch_size: int = 128
+    """Data points of a minibatch."""
+    seed: int = 0
+    """Seed of weights, data and noise."""
+
+
+@dataclass(frozen=True)
+class Step(_Shapes):
     """Times one SVI step, implicit against explicit guide."""
 
     steps: int = 200
@@ -74,41 +87,26 @@ class Step:
     """Steps of each before the clock runs."""
     memory_steps: int = 20
     """Steps of the processes that measure memory; 0 leaves it out."""
-    threads: int = 1
-    """CPU threads of torch."""
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
-    """Precision of the matrix products of model and guide."""
-    batch_size: int = 128
-    """Data points of a minibatch."""
     rows: tuple[str, ...] = ()
     """MNIST presets, each with options of it or none, to time instead of the two variants."""
     device: str = "cpu"
     """Torch device of the rows."""
-    seed: int = 0
-    """Seed of weights, data and noise."""
     json: Path | None = None
     """Write the figures to this file too."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(_Shapes):
     """Takes steps of one variant and prints its peak memory in bytes (what ``step`` runs)."""
 
-    variant: Annotated[Literal["explicit", "implicit"], tyro.conf.Positional]
+    variant: tyro.conf.Positional[Literal["explicit", "implicit"]] = "implicit"
     """Which variant."""
     steps: int = 20
     """Steps."""
-    threads: int = 1
-    """CPU threads of torch."""
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
-    """Precision of the matrix products of model and guide."""
-    batch_size: int = 128
-    """Data points of a minibatch."""
-    seed: int = 0
-    """Seed of weights, data and noise."""
 
 
-def _build_step(variant: str, options: Step | Memory) -> Callable[[], Any]:
+def _build_step(variant: str, options: _Shapes) -> tuple[Callable[[], Any], Any]:
+    """A training step, and its loss."""
     config = dataclasses.replace(
         PRESETS[VARIANTS[variant]][1],
         precision=options.precision,
@@ -118,19 +116,20 @@ def _build_step(variant: str, options: Step | Memory) -> Callable[[], Any]:
     adam = torch.optim.Adam(
         vae.parameters(), lr=config.learning_rate, eps=config.adam_eps, fused=True
     )
-    svi = SVI(vae.model, vae.guide, TorchOptim(vae, adam), loss=build_loss(config))
+    loss = build_loss(config)
+    svi = SVI(vae.model, vae.guide, TorchOptim(vae, adam), loss=loss)
     # Pixels as dark as MNIST's: the arithmetic is the same for any.
     x = torch.bernoulli(torch.full((config.batch_size, 784), 0.13))
-    return lambda: svi.step(x)
+    return lambda: svi.step(x), loss
 
 
-def _build_score(options: Step) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Loss and gradient of the score network in the implicit preset, and their products alone."""
+def _build_score(
+    estimator: WhitenedEstimator, contexts: int
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Loss and gradient of a score network on one part of the draws, and their products alone."""
     config = PRESETS[VARIANTS["implicit"]][1]
-    assert config.score_steps is not None
     draws = config.num_score_samples // config.score_folds
-    contexts, dim, width = options.batch_size, 32, 300
-    estimator = build_score_estimator(config)(dim, width)
+    contexts, dim = min(contexts, config.num_score_contexts or contexts), estimator.dim
     network, base = estimator.network, Student(math.inf, 1.0)
     w, features = torch.randn(draws, contexts, dim), torch.randn(contexts, network.feature_dim)
     rows, hidden = 2 * draws * contexts, network.hidden_dim
@@ -161,9 +160,14 @@ def _build_gemm(dtype: torch.dtype) -> Callable[[], Any]:
 def bench_step(options: Step) -> dict[str, Any]:
     """Runs the step benchmark; returns its figures."""
     pyro.set_rng_seed(options.seed)
-    score, products = _build_score(options)
+    explicit, _ = _build_step("explicit", options)
+    implicit, loss = _build_step("implicit", options)
+    implicit()  # builds the estimator
+    (estimator,) = loss.estimators.values()
+    score, products = _build_score(estimator, options.batch_size)
     jobs = {
-        **{variant: _build_step(variant, options) for variant in VARIANTS},
+        "explicit": explicit,
+        "implicit": implicit,
         "score": score,
         "products": products,
         "fp32": _build_gemm(torch.float32),
@@ -207,7 +211,7 @@ def _memory(variant: str, options: Step) -> dict[str, float]:
 
 def _measure_memory(options: Memory) -> dict[str, int]:
     before = _peak()
-    step = _build_step(options.variant, options)
+    step, _ = _build_step(options.variant, options)
     own: list[int] = []
     for _ in range(options.steps):
         step()

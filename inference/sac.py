@@ -33,7 +33,15 @@ from tqdm import tqdm
 from inference import sac_plots
 from inference.agents.agent import Agent
 from inference.agents.calibration import q_bias
-from inference.agents.presets import MAY_DIFFER, PRESETS, Config, build_critic, build_policy, check
+from inference.agents.presets import (
+    MAY_DIFFER,
+    MULTI_GOAL,
+    PRESETS,
+    Config,
+    build_critic,
+    build_policy,
+    check,
+)
 from inference.agents.replay import Replay
 from inference.agents.rollout import (
     Collector,
@@ -64,8 +72,6 @@ _DESCRIPTION = """Trains an agent by soft actor-critic; each preset below.
 
 Options follow the preset: python -m inference.sac PRESET --help lists them."""
 
-MULTI_GOAL = "pyro_ardae/MultiGoal-v0"
-
 
 class Training:
     """All that a training run changes, and one step of it.
@@ -75,8 +81,13 @@ class Training:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        envs = make_envs(config.env, config.num_envs, obs_limit=config.obs_limit)
+        self.config, limit = config, config.obs_limit
+        if config.env == MULTI_GOAL and limit is not None and limit < MultiGoal.LIMIT:
+            raise UserError(
+                f"--obs-limit: expected {MultiGoal.LIMIT:g} at least, for the goals to be seen, "
+                f"found {limit:g}"
+            )
+        envs = make_envs(config.env, config.num_envs, obs_limit=limit)
         first = seed_of(config.seed, "episodes", 0)
         self.collector = Collector(envs, seed=first, name=config.env)
         obs_dim, action_dim = self.collector.obs_dim, self.collector.action_dim
@@ -168,11 +179,11 @@ class Training:
         if state["replay"] is not None:
             self.replay.load_state_dict(state["replay"])
         self.collector.load_state_dict(state["collector"])
-        self.cut_episodes()
+        load_rng_state(state["rng"])
+        self.cut_episodes()  # in the order of a run that goes on
         self.seconds, self.returns = state["seconds"], state["returns"]
         self.metrics = {name: [*values.unbind()] for name, values in state["metrics"].items()}
         self.logged = state["logged"]
-        load_rng_state(state["rng"])
 
     def evaluate(self) -> dict[str, float]:
         """Plays episodes apart from training, with and without noise; part of a row."""
@@ -201,6 +212,7 @@ class Training:
             seed=seed_of(config.seed, "evaluation", self.steps_done),
             device=config.device,
             obs_limit=config.obs_limit,
+            keep=noise,  # q_bias reads them
         )
 
 

@@ -24,7 +24,7 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from inference.agents.agent import Agent
-from inference.agents.presets import TASKS, Config
+from inference.agents.presets import MAY_DIFFER, MULTI_GOAL, TASKS, Config
 from inference.agents.replay import Replay
 from inference.agents.rollout import evaluate
 from inference.shared import plots
@@ -62,6 +62,11 @@ def learning_curves(
     for label, seeds in runs.items():
         curves = [dict(zip(one["step"], one["eval_return"], strict=True)) for one in seeds]
         steps = sorted(set.intersection(*({*curve} for curve in curves)))  # of all seeds
+        if not steps:
+            raise UserError(
+                f"{label}: expected seeds that were evaluated after the same steps, found none in "
+                "common; draw them apart"
+            )
         values = np.array([[curve[step] for step in steps] for curve in curves])
         number = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
         color = f"C{order.index(label)}"
@@ -129,7 +134,7 @@ def draw_run(path: Path, agent: Agent, replay: Replay, config: Config) -> list[P
             obs = replay.sample(4).obs
             action_density(axes[1], agent, obs, title="policy in four states of the buffer")
         written = [plots.save(figure, path / "figures" / "run.png")]
-        if config.env == "pyro_ardae/MultiGoal-v0":
+        if config.env == MULTI_GOAL:
             figure, axes = plots.subplots(1, 2, width=5.5, height=4.5)
             paths = multi_goal_paths(agent, config)
             trajectories(axes[0], paths, title=f"{config.agent}: {len(paths)} episodes")
@@ -143,7 +148,7 @@ def multi_goal_paths(agent: Agent, config: Config, count: int = 40) -> list[Tens
     """Trajectories from the start."""
     seed = seed_of(config.seed, "paths", 0)
     options = {"device": config.device, "obs_limit": config.obs_limit}
-    episodes = evaluate(config.env, agent.act, episodes=count, seed=seed, **options)
+    episodes = evaluate(config.env, agent.act, episodes=count, seed=seed, keep=True, **options)
     steps = [episode.transitions for episode in episodes]
     return [torch.cat([one.obs, one.next_obs[-1:]]) for one in steps if one is not None]
 
@@ -153,7 +158,8 @@ class Options:
     """Learning curves of run folders or tables."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Run folders, or a learning.csv; those of one environment and agent are its seeds."""
+    """Run folders, or a learning.csv; those of one environment and agent are its seeds, with the
+    same options."""
     out: Path = Path("learning.png")
     """The figure."""
 
@@ -186,6 +192,18 @@ def _read_table(path: Path) -> list[tuple[str, str, int, Metrics]]:
     return [(*key, metrics) for key, metrics in found.items()]
 
 
+def _refuse_others(path: Path, first: Path) -> None:
+    """Runs whose mean is drawn differ in the seed alone."""
+    recorded, expected = RunFolder.read_config(path), RunFolder.read_config(first)
+    for name in sorted({*recorded, *expected} - {"seed", *MAY_DIFFER}):
+        values = expected.get(name), recorded.get(name)
+        if values[0] != values[1]:
+            raise UserError(
+                f"{path}: expected {name} {values[0]!r}, as in {first}, found {values[1]!r}; draw "
+                "runs of other options apart"
+            )
+
+
 def main() -> None:
     """Draws the learning curves of run folders or tables."""
     options = tyro.cli(Options, prog="python -m inference.sac_plots", description=__doc__)
@@ -193,7 +211,7 @@ def main() -> None:
         if not options.runs:
             raise UserError("expected run folders, found none; give some, like runs/sac/*")
         found: dict[str, dict[str, list[Metrics]]] = defaultdict(lambda: defaultdict(list))
-        seen = set()
+        seen, firsts = set(), {}
         for path in options.runs:
             for env, agent, seed, metrics in _read(path):
                 if (env, agent, seed) in seen:
@@ -202,6 +220,9 @@ def main() -> None:
                         f"another of {env}, {agent}, seed {seed}; draw them apart"
                     )
                 seen.add((env, agent, seed))
+                if path.suffix != ".csv":
+                    first = firsts.setdefault((env, agent), path)
+                    _refuse_others(path, first)
                 found[env][agent].append(metrics)
         figure, axes = plots.subplots(1, len(found), width=5.5, height=4.5)
         order = [agent for agents in found.values() for agent in agents]

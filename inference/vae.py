@@ -135,6 +135,9 @@ def run(config: Config) -> Path:
         recorded = RunFolder.read_config(path)
         if any(recorded[name] != options[name] for name in ESTIMATE):
             training.best_valid = -float("inf")  # other estimates cannot be compared with it
+        best = folder.checkpoint("best").exists() and folder.load("best")["step"]
+        if best > training.steps_done:
+            training.best_valid = -float("inf")  # the run goes on from before it
         folder.record(options)
         folder.drop_rows_after(training.steps_done)
     train(training, folder)
@@ -145,7 +148,11 @@ def run(config: Config) -> Path:
     vae.load_state_dict(best["vae"])
     figures = final_evaluation(config, vae, data)
     results = {"best_step": best["step"], "steps": training.steps_done, "seconds": training.seconds}
-    (path / TIGHT_FILE).unlink(missing_ok=True)  # that of other weights, if the run was prolonged
+    before = folder.read_json("results.json")
+    if before.get("best_step") == best["step"]:  # nothing better has come: of the same weights
+        results |= {name: value for name, value in before.items() if name.startswith("ais_")}
+    else:
+        (path / TIGHT_FILE).unlink(missing_ok=True)
     folder.write_json("results.json", {**results, **figures})
     print(describe(config, figures))
     draw = plots.toy_figure if config.data == "25gaussians" else plots.mnist_figure

@@ -11,6 +11,7 @@ quadrature, and their KL divergence.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from torch import Tensor
 from inference.autoencoders.evaluation import restore
 from inference.autoencoders.plane_posterior import PlanePosterior, plane_posterior
 from inference.autoencoders.presets import Config, build_data
-from inference.benchmarks.vae_table import read_steps
+from inference.benchmarks.vae_table import folder_name, read_steps
 from inference.shared import plots
 from inference.shared.errors import UserError, user_errors
 from inference.shared.precision import full_precision
@@ -190,6 +191,17 @@ def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Pa
     return [plots.save(posterior_figure(labels), options.out / "posteriors.png"), path]
 
 
+def _times(path: Path) -> dict[str, tuple[str, float]]:
+    """Rows of a steps.csv and their milliseconds a step, by the names of their folders."""
+    if not path.exists():
+        raise UserError(
+            f"--step-times: expected a steps.csv of inference.bench vae, found no {path}"
+        )
+    return {
+        folder_name(row): (row, figures["step_ms"]) for row, figures in read_steps(path).items()
+    }
+
+
 def draw(options: Options) -> list[Path]:
     """Writes the figures; returns their paths."""
     if not options.runs:
@@ -201,7 +213,7 @@ def draw(options: Options) -> list[Path]:
             + ", ".join(names)
         )
     make_folder(options.out)
-    times = {} if options.step_times is None else read_steps(options.step_times)
+    times = None if options.step_times is None else _times(options.step_times)
     given = {"data_dir": options.data_dir, "device": options.device}
     changes = {name: value for name, value in given.items() if value is not None}
     metrics: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
@@ -211,13 +223,19 @@ def draw(options: Options) -> list[Path]:
         config, vae = restore(run, **changes)
         vae.requires_grad_(False)
         found = read_metrics(run)
-        if config.preset in times:
-            milliseconds = times[config.preset]["step_ms"]
+        label = re.sub(r"-seed\d+$", "", run.name)  # runs of other options are no seeds of it
+        if times is not None:
+            if label not in times:
+                raise UserError(
+                    f"{options.step_times}: expected a row for {run}, found "
+                    f"{', '.join(sorted(times))}; folders are named as inference.bench vae does"
+                )
+            label, milliseconds = times[label]
             found["seconds"] = [1e-3 * milliseconds * step for step in found["step"]]
         if config.data == "25gaussians":
             raise UserError(f"{run}: expected a run on images, found {config.preset}")
         if not config.train_on_valid:  # such a run has no validation figures
-            metrics[config.preset].append(found)
+            metrics[label].append(found)
         x = build_data(config).subset("test", 500, options.seed).to(config.device)
         torch.manual_seed(options.seed)
         written.append(

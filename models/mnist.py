@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 __all__ = [
-    "LATENT_DIM",
     "NUM_PIXELS",
     "BernoulliDecoder",
     "LogitBernoulli",
@@ -23,9 +22,6 @@ __all__ = [
 
 #: Pixels of an image, 28 by 28.
 NUM_PIXELS = 784
-
-#: Latents of the paper's MNIST models.
-LATENT_DIM = 32
 
 
 class _LogProb(torch.autograd.Function):

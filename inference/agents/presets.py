@@ -31,6 +31,7 @@ from pyro_ardae import ARDAE
 __all__ = [
     "IMPLICIT",
     "MAY_DIFFER",
+    "MULTI_GOAL",
     "PRESETS",
     "AgentName",
     "Config",
@@ -170,6 +171,9 @@ MAY_DIFFER = (
     *("record_video",),
 )
 
+#: Id of :class:`models.environments.MultiGoal`.
+MULTI_GOAL = "pyro_ardae/MultiGoal-v0"
+
 #: Names of the tasks in presets, by environment.
 TASKS = {
     "Pendulum-v1": "pendulum",
@@ -179,7 +183,7 @@ TASKS = {
     "Ant-v5": "ant",
     "Humanoid-v5": "humanoid",
     "HumanoidStandup-v5": "humanoidstandup",
-    "pyro_ardae/MultiGoal-v0": "multigoal",
+    MULTI_GOAL: "multigoal",
 }
 
 _DESCRIPTIONS = {
@@ -195,7 +199,7 @@ def _preset(env: str, agent: AgentName) -> Config:
         config = dataclasses.replace(config, obs_limit=10.0)  # contact forces are in the thousands
     if env == "Pendulum-v1":
         config = dataclasses.replace(config, steps=10_000, learning_starts=500, eval_every=1000)
-    if env == "pyro_ardae/MultiGoal-v0":
+    if env == MULTI_GOAL:
         config = dataclasses.replace(
             config,
             steps=15_000,

@@ -107,8 +107,12 @@ def wrap(
     if obs_limit is not None:
         seen = env.observation_space
         assert isinstance(seen, Box)
-        bound = Box(-obs_limit, obs_limit, seen.shape, seen.dtype.type)  # type: ignore[union-attr]
-        env = TransformObservation(env, lambda obs: np.clip(obs, bound.low, bound.high), bound)
+        bound = Box(-obs_limit, obs_limit, seen.shape, np.float32)
+
+        def cut(obs: Any) -> Any:
+            return np.clip(np.asarray(obs, np.float32), -obs_limit, obs_limit)
+
+        env = TransformObservation(env, cut, bound)
     return TransformAction(env, scale, Box(-1, 1, low.shape, kind))
 
 
@@ -270,6 +274,7 @@ def evaluate(
     seed: int,
     device: str = "cpu",
     obs_limit: float | None = None,
+    keep: bool = False,
 ) -> list[Episode]:
     """Plays whole episodes, up to 10 side by side, with randomness of their own.
 
@@ -280,23 +285,26 @@ def evaluate(
     :param int episodes: number of episodes, >= 1.
     :param int seed: seed of environments and policy.
     :param obs_limit: as for :func:`make_envs`.
-    :returns: as many of each environment, with their transitions; those that finish first would be
-        the short ones.
+    :param keep: whether to keep the transitions.
+    :returns: as many of each environment; those that finish first would be the short ones.
     :raises UserError: if an episode does not end.
     """
     side_by_side = max(n for n in range(1, 11) if episodes % n == 0)
     counts = [episodes // side_by_side] * side_by_side
-    found, steps = [], []
+    found: list[Episode] = []
+    steps: list[Batch] = []
     with forked_rng(seed):
         envs = make_envs(env_id, side_by_side, obs_limit=obs_limit)
         collector = Collector(envs, seed=seed, name=env_id)
         while any(counts):
-            steps.append(collector.step(act(collector.obs.to(device)).cpu()))
+            step = collector.step(act(collector.obs.to(device)).cpu())
+            steps += [step] if keep else []
             _refuse_endless(collector.longest, env_id)
             for episode in collector.take_finished():
                 if counts[episode.env]:
                     counts[episode.env] -= 1
-                    found.append(episode._replace(transitions=_of_episode(steps, episode)))
+                    transitions = _of_episode(steps, episode) if keep else None
+                    found.append(episode._replace(transitions=transitions))
         collector.envs.close()
     return found
 

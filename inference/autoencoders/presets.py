@@ -319,15 +319,15 @@ def check(config: Config) -> None:
     unread |= {"train_on_valid", "decoder"} if toy else {"decoder_input_scale"}
     whole = config.architecture in ("conv", "resconv") or config.guide == "auxiliary"
     unread |= {"seen_share"} if toy or whole else set()
-    unread |= {"fantasy_share"} if config.seen_share is not None else set()
+    unread |= {"fantasy_share"} if config.fantasy_share and not config.fantasies else set()
     unread |= {"fantasy_start"} if not config.fantasies else set()
     unread |= {"decoder_learning_rate"} if config.decoder is not None else set()
     unread |= {"activation", "decoder_activation"} if residual else set()
     if config.guide in SCORED and config.base == "none":
         unread |= {"gain", "deviation_decay"}
-    if config.beta_steps == default.beta_steps == 0:
+    if config.beta_steps == 0:
         unread |= {"beta_start", "beta_shape"}
-    if config.decay_steps == default.decay_steps == 0:
+    if config.decay_steps == 0:
         unread |= {"decay_start"}
     check_unread(config, default, sorted(unread), reader=config.preset)
     if config.resume is not None and config.out is not None:

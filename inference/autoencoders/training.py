@@ -132,18 +132,18 @@ class Training:
         args = x, self.beta, fantasies
         for group, rate in zip(self.optim.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.decay
-        loss: float | Tensor
-        if x.is_cuda:
-            surrogate = surrogate_loss(self.loss, self.vae.model, self.vae.guide, *args)
-            surrogate.backward()
-            self.optim(self.vae.parameters())
-            loss = surrogate.detach() / count
-        else:
-            loss = self.svi.step(*args) / count
+        loss = (self.step_without_waiting(*args) if x.is_cuda else self.svi.step(*args)) / count
         self.steps_done += 1
         if self.steps_done % AVERAGE_EVERY == 0:
             self.average.update_parameters(self.vae)
         return loss
+
+    def step_without_waiting(self, *args: Any) -> Tensor:
+        """What ``SVI.step`` does, without a transfer from the device; returns the loss."""
+        surrogate = surrogate_loss(self.loss, self.vae.model, self.vae.guide, *args)
+        surrogate.backward()
+        self.optim(self.optim.parameters)
+        return surrogate.detach()
 
     def _average(self, averages: list[Tensor], values: list[Tensor], _count: Tensor | int) -> None:
         # A short horizon at first, (1 + n) / (10 + n), forgets the initial weights. The number of

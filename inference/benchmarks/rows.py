@@ -9,7 +9,7 @@ import dataclasses
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -18,13 +18,21 @@ import tyro
 from torch import Tensor
 
 from inference.autoencoders.data import Dataset
-from inference.autoencoders.presets import PRESETS, Config
+from inference.autoencoders.presets import PRESETS, Config, check
 from inference.autoencoders.training import Training
 from inference.shared.errors import UserError
 from inference.shared.precision import process_precision
 from pyro_ardae import TraceImplicit_ELBO
 
-__all__ = ["Clock", "baseline", "bench_rows", "config_of", "describe_rows", "step_times"]
+__all__ = [
+    "Clock",
+    "baseline",
+    "bench_rows",
+    "check_rows",
+    "config_of",
+    "describe_rows",
+    "step_times",
+]
 
 Clock = Literal["wall", "cpu"]
 
@@ -43,6 +51,25 @@ def config_of(row: str) -> Config:
             f"found {row!r}"
         )
     return tyro.cli(Config, args=changes, default=PRESETS[name][1], prog=f"--rows {name}")
+
+
+def check_rows(rows: Sequence[str], *, set_here: Sequence[str]) -> None:
+    """Refuses rows that cannot run, or change what the benchmark itself sets.
+
+    :param rows: as for :func:`config_of`, one at least.
+    :param set_here: options that are the benchmark's to set.
+    :raises UserError: naming the first.
+    """
+    if not rows:
+        raise UserError("--rows: expected one at least, found none")
+    for row in rows:
+        config = config_of(row)
+        preset = PRESETS[config.preset][1]
+        for name in set_here:
+            if getattr(config, name) != getattr(preset, name):
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"--rows: expected no {option} in a row, found it in {row!r}")
+        check(config)
 
 
 def baseline(row: str) -> str:
@@ -174,9 +201,10 @@ def bench_rows(
     :param int seed: seed of weights, data and noise.
     :returns: for each row ``ms`` a step, ``score_ms`` of it in the score estimators, medians, and
         ``ratio`` to the row of the Gaussian guide and the same networks, where that is among them.
-    :raises UserError: for a row that is none.
+    :raises UserError: for a row that is none, cannot run, or has one of these options itself.
     """
     options = {"batch_size": batch_size, "precision": precision, "device": device, "seed": seed}
+    check_rows(rows, set_here=tuple(options))
     times = step_times(
         {name: dataclasses.replace(config_of(name), **options) for name in rows},
         lambda config: _Fixed(config.batch_size, config.device),

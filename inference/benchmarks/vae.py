@@ -31,9 +31,9 @@ import pyro
 import tyro
 
 from inference.autoencoders.evaluation import describe_tight, evaluate_tight, restore
-from inference.autoencoders.presets import PRESETS, Config, build_data, check
+from inference.autoencoders.presets import Config, build_data
 from inference.autoencoders.tight import Tight, check_tight
-from inference.benchmarks.rows import Clock, config_of, step_times
+from inference.benchmarks.rows import Clock, check_rows, config_of, step_times
 from inference.benchmarks.vae_table import (
     STEP_COLUMNS,
     collect,
@@ -109,7 +109,10 @@ def _step_times(options: Vae) -> dict[str, dict[str, float]]:
 
 def bench_vae(options: Vae) -> Path:
     """Runs what the folder lacks, then writes the table; returns the folder."""
-    _check_rows(options.rows)
+    check_rows(options.rows, set_here=_SET_HERE)
+    if len({folder_name(row) for row in options.rows}) < len(options.rows):
+        found = ", ".join(map(repr, options.rows))
+        raise UserError(f"--rows: expected different ones, found {found}")
     check_device(options.device)
     check_tight(options.tight)
     conditions = positive(options, "steps", "budget_seconds", "timed_steps")
@@ -142,22 +145,6 @@ def bench_vae(options: Vae) -> Path:
         (options.out / "table.md").write_text(text)
     print(f"\n{text}")
     return options.out
-
-
-def _check_rows(rows: tuple[str, ...]) -> None:
-    """Refuses rows that cannot run, change what the benchmark itself sets, or share a folder."""
-    if not rows:
-        raise UserError("--rows: expected one at least, found none")
-    for row in rows:
-        config = config_of(row)
-        preset = PRESETS[config.preset][1]
-        for name in _SET_HERE:
-            if getattr(config, name) != getattr(preset, name):
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"--rows: expected no {option} in a row, found it in {row!r}")
-        check(config)
-    if len({folder_name(row, 0) for row in rows}) < len(rows):
-        raise UserError(f"--rows: expected different ones, found {', '.join(map(repr, rows))}")
 
 
 def _budget(options: Vae) -> str:

@@ -66,9 +66,10 @@ def read_steps(path: Path) -> dict[str, dict[str, float]]:
         ) from None
 
 
-def folder_name(row: str, seed: int) -> str:
+def folder_name(row: str, seed: int | None = None) -> str:
     """Name of the run folder: the row's own, with a hyphen for all that is no part of a word."""
-    return re.sub(r"[^\w.]+", "-", row) + f"-seed{seed}"
+    name = re.sub(r"[^\w.]+", "-", row)
+    return name if seed is None else f"{name}-seed{seed}"
 
 
 def collect(out: Path, runs: Sequence[Key], steps: Mapping[str, Row]) -> dict[Key, Row]:

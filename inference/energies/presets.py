@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from inference.shared.errors import check_options, positive, some_seeds
+from inference.shared.errors import check_options, check_unread, positive, some_seeds
 
 __all__ = ["PRESETS", "Config", "Guide", "check"]
 
@@ -120,8 +120,21 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 
+#: Options that one guide alone reads.
+_READ_BY: dict[Guide, tuple[str, ...]] = {
+    "implicit": (
+        *("learning_rate", "batch_size", "noise_dim", "width", "input_scale", "hidden_dims"),
+        *("activation", "moves", "langevin_step_size", "jump_scale"),
+        *("num_score_samples", "num_score_updates"),
+        *(field.name for field in fields(Config) if field.name.startswith("score_")),
+    ),
+    "flow": tuple(field.name for field in fields(Config) if field.name.startswith("flow_")),
+    "gaussian": tuple(field.name for field in fields(Config) if field.name.startswith("gaussian_")),
+}
+
+
 def check(config: Config) -> None:
-    """Refuses options out of range.
+    """Refuses options out of range, and those that the guide would ignore.
 
     :raises UserError: naming the first of them.
     """
@@ -144,9 +157,19 @@ def check(config: Config) -> None:
         (min(config.flow_hidden_dims, default=0) > 0, "flow-hidden-dims", "positive widths"),
         (config.flow_bins > 1, "flow-bins", "at least 2"),
         (config.moves >= 0, "moves", "no negative number"),
-        (config.num_score_samples >= 2, "num-score-samples", "at least 2"),
+        (
+            config.num_score_samples >= max(2, config.score_folds),
+            "num-score-samples",
+            "--score-folds, 2 at least",
+        ),
         (config.num_score_updates >= 0, "num-score-updates", "no negative number"),
         (0 < config.score_delta <= 1, "score-delta", "a scale in (0, 1]"),
         (config.score_weight_decay >= 0, "score-weight-decay", "no negative number"),
     )
     check_options(config, conditions)
+    if config.guide != "all":
+        others = (
+            name for guide, names in _READ_BY.items() if guide != config.guide for name in names
+        )
+        default = PRESETS[config.energy][1]
+        check_unread(config, default, others, reader=f"the {config.guide} guide")

@@ -24,15 +24,15 @@ def seed_of(run_seed: int, purpose: str, step: int) -> int:
 
 @contextmanager
 def forked_rng(seed: int) -> Iterator[None]:
-    """Seeds the global generators of torch and NumPy, and puts them back as they were after."""
-    state = np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            np.random.set_state(state)  # noqa: NPY002
+    """Seeds the global generators, and puts them back as they were after."""
+    state = rng_state()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        load_rng_state(state)
 
 
 def rng_state() -> dict[str, Any]:

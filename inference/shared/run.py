@@ -184,6 +184,14 @@ class RunFolder:
         partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
         os.replace(partial, self.path / name)
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; empty where there is none that can be read."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found
+
     @staticmethod
     def prepare() -> None:
         """Imports TensorBoard. It takes a second, which a clock of training should not count; and

@@ -21,7 +21,8 @@ from models.energies import ENERGIES, Energy, log_normalizer
 from tests.inference.conftest import Program
 
 #: Options that make a run tiny.
-TINY = ("--steps", 2, "--draws", 1000, "--batch-size", 16, "--flow-batch-size", 16)
+FEW = ("--steps", 2, "--draws", 1000)
+TINY = (*FEW, "--batch-size", 16, "--flow-batch-size", 16)
 
 GAUSSIAN = Energy("gaussian", lambda z: 0.5 * z.square().sum(-1))
 
@@ -57,7 +58,7 @@ def test_two_steps_of_each_guide(
 def test_same_seed_same_result(program: Program, tmp_path: Path) -> None:
     results = []
     for out in (tmp_path / "one", tmp_path / "two"):
-        program("energy", "u2", *TINY, "--guide", "implicit", "--seed", 3, "--out", out)
+        program("energy", "u2", *FEW, "--guide", "implicit", "--seed", 3, "--out", out)
         results.append(json.loads((out / "implicit-seed3" / "results.json").read_text()))
         results[-1].pop("seconds")
     assert results[0] == results[1]
@@ -71,7 +72,7 @@ def test_errors_end_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "file").write_text("")
-    tiny = ("energy", "u1", *TINY, "--guide", "gaussian")
+    tiny = ("energy", "u1", *FEW, "--guide", "gaussian")
     program(*tiny, "--out", tmp_path / "run")
     table: list[tuple[tuple[object, ...], str]] = [
         (("energy", "u5"), "u5"),
@@ -86,6 +87,8 @@ def test_errors_end_in_one_line(
         ((*tiny, "--jump-scale", 0), "--jump-scale: expected a positive number"),
         ((*tiny, "--flow-learning-rate", -1), "--flow-learning-rate: expected a positive number"),
         ((*tiny, "--seeds", 0, -1), "--seeds: expected one at least, each in [0, 2^32)"),
+        ((*tiny, "--flow-bins", 9), "--flow-bins: the gaussian guide does not read it"),
+        (("energy", "u1", "--num-score-samples", 3), "--num-score-samples: expected --score-folds"),
         (
             (*tiny, "--gaussian-learning-rate", 1e30, "--out", tmp_path / "diverged"),
             "gaussian, seed 0: the run failed",

@@ -169,6 +169,31 @@ def test_other_validation_figures_are_not_compared(
     assert not (run / "ais.npz").exists()
 
 
+def test_a_run_that_goes_on_keeps_what_belongs_to_its_best_weights(
+    program: Program, sample_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = ("vae", "sbmnist-mlp-gaussian", *TINY, "--data-dir", sample_dir, "--valid-every", 1)
+    program(*command, "--steps", 2, "--checkpoint-every", 2, "--out", run)
+    small = ("--points", 8, "--chains", 2, "--temperatures", 2)
+    program("evaluate", run, "--ais", *small)
+    program(*command, "--steps", 2, "--resume", run)  # no step is left
+    results = json.loads((run / "results.json").read_text())
+    assert "ais_log_px" in results
+    assert (run / "ais.npz").exists()
+
+    # Of weights that it has not come to: as if it had been killed after the validation of step 9.
+    best = run / "checkpoints" / "best.pt"
+    torch.save(torch.load(best, weights_only=True) | {"step": 9}, best)
+    latest = run / "checkpoints" / "latest.pt"
+    torch.save(torch.load(latest, weights_only=True) | {"best_valid": 0.0}, latest)
+    program(*command, "--steps", 3, "--resume", run)
+    results = json.loads((run / "results.json").read_text())
+    assert results["best_step"] == 3
+    assert "ais_log_px" not in results
+    assert not (run / "ais.npz").exists()
+
+
 def test_evaluation_does_not_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions neither, whatever the setting of matrix products."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
@@ -329,6 +354,11 @@ def test_errors_end_in_one_line(
         (("evaluate", tmp_path / "none"), "expected a run folder, found none"),
         ((*bench, "--json", tmp_path / "file" / "x.json"), "expected a writable file"),
         ((*bench, "--rows", "sbmnist-mlp-gauss"), "--rows: expected MNIST presets"),
+        ((*bench, "--rows", "sbmnist-mlp-flow --precision bf16"), "expected no --precision in a"),
+        ((*bench, "--rows", "sbmnist-mlp-implicit --gain 3"), "--gain: expected a number in (0, 1"),
+        (("vae_plots", run, "--step-times", tmp_path / "no.csv"), "--step-times: expected a steps"),
+        ((*mnist, "--fantasy-share", 0.001), "--fantasy-share: sbmnist-mlp-gaussian does not"),
+        ((*mnist, "--decay-steps", 0, "--decay-start", 9), "--decay-start: sbmnist-mlp-gaussian"),
         (("bench", "step", "--steps", 0), "--steps: expected a positive number"),
         (("bench", "vae", "--threads", 0), "--threads: expected a positive number"),
         (("demo", "--threads", 0), "--threads: expected a positive number"),

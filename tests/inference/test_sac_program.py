@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 from inference.agents.presets import PRESETS
 from inference.sac import Training
 from inference.sac_plots import learning_curves, multi_goal_paths
+from inference.shared.errors import UserError
 from inference.shared.randomness import seed_of
 from tests.inference.conftest import ROOT, Program, assert_equal
 
@@ -167,6 +169,12 @@ def test_errors_end_in_one_line(
     done = tmp_path / "done"
     program("sac", "multigoal-sac", *SMALL, "--steps", 3, "--num-envs", 2, "--out", done)
     program("sac", "multigoal-sac", *SMALL, "--steps", 3, "--num-envs", 2, "--resume", done)
+    (tmp_path / "bandit").mkdir()
+    (tmp_path / "bandit" / "results.csv").write_text("")
+    another = tmp_path / "another"
+    shutil.copytree(done, another)
+    config = json.loads((done / "config.json").read_text()) | {"seed": 1, "tau": 0.5}
+    (another / "config.json").write_text(json.dumps(config))
     empty = tmp_path / "empty"
     empty.mkdir()
     config = dataclasses.asdict(PRESETS["pendulum-sac"][1])
@@ -235,6 +243,12 @@ def test_errors_end_in_one_line(
             ("sac", "pendulum-sac", *SMALL, "--steps", 9, "--eval-every", 1000, "--resume", run),
             "--steps: expected 2, where this run has ended between two checkpoints, found 9",
         ),
+        (("sac", "multigoal-sac", *tiny, "--obs-limit", 3, *never), "--obs-limit: expected 7 at"),
+        (("bandit", "--out", tmp_path / "bandit"), "results.csv: expected none yet, found one"),
+        (
+            ("sac_plots", done, another, "--out", tmp_path / "x.png"),
+            "another: expected tau 0.005, as in",
+        ),
         (("bench", "learn", "--tasks", "chess"), "--tasks: expected some of pendulum"),
         (
             ("bench", "learn", "--agents", "sb3", "--steps", 0),
@@ -271,6 +285,12 @@ def test_curves_of_the_steps_that_all_seeds_have() -> None:
     second = {"step": [2.0, 4.0, 6.0], "eval_return": [2.0, 4.0, 6.0]}
     axes = learning_curves(Figure().subplots(), {"sac": [every, second]}, title="")
     assert axes.lines[0].get_xydata().tolist() == [[2.0, 2.0], [4.0, 4.0]]  # type: ignore[union-attr]
+
+
+def test_seeds_without_a_common_step_have_no_curve() -> None:
+    seeds = [{"step": [step], "eval_return": [1.0]} for step in (1.0, 2.0)]
+    with pytest.raises(UserError, match="after the same steps, found none in common"):
+        learning_curves(Figure().subplots(), {"sac": seeds}, title="")
 
 
 def test_seeds_of_purposes_and_steps_differ() -> None:

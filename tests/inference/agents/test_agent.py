@@ -571,9 +571,14 @@ def test_a_batch_that_does_not_fit_is_refused() -> None:
         r"reward \(2, 1\)": good._replace(reward=torch.randn(2, 1)),
         r"obs \(4,\)": good._replace(obs=torch.randn(4)),
         r"next_obs \(2, 3\)": good._replace(next_obs=torch.randn(2, 3)),
-        "finite observations and rewards": good._replace(reward=torch.tensor([0.0, torch.nan])),
+        r"action \[B, 2\].*action \(2, 3\)": good._replace(action=torch.rand(2, 3)),
     }
     for message, batch in bad.items():
         with pytest.raises(ValueError, match=message):
             agent.update(batch)
+    for name, values in good._asdict().items():
+        broken = values.clone()
+        broken.flatten()[-1] = torch.nan
+        with pytest.raises(ValueError, match="expected finite numbers"):
+            agent.update(good._replace(**{name: broken}))
     assert_equal(agent.state_dict(), state)

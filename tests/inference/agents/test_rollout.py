@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from inference.agents.rollout import (
     wrap,
 )
 from inference.shared.errors import UserError
+from inference.shared.randomness import forked_rng, load_rng_state, rng_state
 
 
 class Count(gymnasium.Env[Any, Any]):
@@ -139,6 +141,22 @@ def test_observations_are_cut_off_at_a_limit() -> None:
     assert float(one.last_obs[0]) == 1.5
 
 
+def test_integers_are_cut_off_as_real_numbers() -> None:
+    class Bytes(Count):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_space = Box(0, 255, (2,), np.uint8)
+
+        def _obs(self) -> Any:
+            return np.array([self.number, 200], np.uint8)
+
+    env = wrap(Bytes(), obs_limit=1.5)
+    env.reset(seed=0)
+    obs, *_ = env.step(np.zeros(1, np.float32))
+    assert obs.tolist() == [1, 1.5]
+    assert env.observation_space.contains(obs)
+
+
 def test_actions_are_mapped_to_the_bounds() -> None:
     collector = Collector(make_envs("test/Count-v0", 1), seed=0, name="Count")
     for action, expected in ((-1.0, -3.0), (0.0, -1.0), (1.0, 1.0)):
@@ -212,13 +230,29 @@ def test_evaluation_leaves_numpy_as_it_is() -> None:
     assert (np.random.get_state()[1] == state).all()  # type: ignore[index]  # noqa: NPY002
 
 
+def test_seeds_of_a_moment_leave_all_generators_as_they_are() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+    seen = []
+    for _ in range(2):
+        with forked_rng(7):
+            seen.append(draw())
+    before = rng_state()
+    with forked_rng(7):
+        seen.append(draw())
+    after = draw()
+    load_rng_state(before)
+    assert seen[0] == seen[1] == seen[2] != after == draw()
+
+
 def test_evaluation_counts_as_many_episodes_of_each_and_draws_from_its_own_seed() -> None:
     state = torch.get_rng_state()
 
     def act(obs: torch.Tensor) -> torch.Tensor:
         return torch.rand(len(obs), 1)
 
-    episodes = evaluate("test/Count-v0", act, episodes=20, seed=1)
+    episodes = evaluate("test/Count-v0", act, episodes=20, seed=1, keep=True)
     assert [one.env for one in episodes].count(3) == 2
     assert len(episodes) == 20
     assert torch.equal(torch.get_rng_state(), state)

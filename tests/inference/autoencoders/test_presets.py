@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
@@ -145,6 +146,16 @@ def test_the_loss_that_does_not_wait_is_pyros(preset: str, sample_dir: Path) -> 
         vae.zero_grad(set_to_none=True)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_that_does_not_wait_leaves_a_given_decoder_as_it_is(sample_dir: Path) -> None:
+    config = dataclasses.replace(tiny("sbmnist-mlp-gaussian", sample_dir), decoder=Path("RUN"))
+    data = build_data(config)
+    training = Training(config, data)
+    before = copy.deepcopy(training.vae.state_dict())
+    assert torch.isfinite(training.step_without_waiting(data.minibatch(0), 1.0, None))
+    for name, value in training.vae.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("decoder"), name
 
 
 def test_paper_schedule_and_options_over_it(

@@ -155,7 +155,7 @@ def test_evaluate_ais_and_against(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runs = [tmp_path / str(seed) for seed in range(2)]
+    runs = [tmp_path / f"sbmnist-mlp-gaussian-gain-0.5-seed{seed}" for seed in range(2)]
     for seed, run in enumerate(runs):
         options = ("--steps", 2, "--data-dir", sample_dir, "--seed", seed, "--out", run)
         program("vae", "sbmnist-mlp-gaussian", *TINY, *options)
@@ -171,7 +171,9 @@ def test_evaluate_ais_and_against(
     assert results["test_points"] == 8  # what the run itself recorded is still there
 
     times = tmp_path / "steps.csv"
-    times.write_text("row,step_ms,model_ms,score_ms\nsbmnist-mlp-gaussian,60000,60000,0\n")
+    times.write_text(
+        "row,step_ms,model_ms,score_ms\nsbmnist-mlp-gaussian --gain 0.5,60000,60000,0\n"
+    )
     drawn: list[np.ndarray] = []
     plot = Axes.plot
 
@@ -185,8 +187,13 @@ def test_evaluate_ais_and_against(
     for minutes in drawn:  # a step a minute
         assert np.array_equal(minutes, [2.0])
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        *("0.png", "1.png", "log_px.png")
+        *(f"{run.name}.png" for run in runs),
+        "log_px.png",
     }
+    times.write_text("row,step_ms,model_ms,score_ms\nsbmnist-mlp-gaussian,60000,60000,0\n")
+    with pytest.raises(SystemExit):  # the time of a run with other options is another
+        program("vae_plots", *runs, "--out", tmp_path / "figures", "--step-times", times)
+    assert "expected a row for" in capsys.readouterr().err
 
 
 def test_bench_vae_goes_on_where_it_was_stopped(
