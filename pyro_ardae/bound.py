@@ -21,7 +21,7 @@ from pyro_ardae.elbo import (
 )
 from pyro_ardae.implicit import Implicit
 from pyro_ardae.score import ARDAE
-from pyro_ardae.traces import plate_nesting, traces_of
+from pyro_ardae.traces import latent_sites, plate_nesting, traces_of
 
 __all__ = ["ElboEstimate", "elbo_estimate"]
 
@@ -51,6 +51,10 @@ class _Density:
     """The loss with estimates of log q itself at implicit sites, in place of its gradient."""
 
     estimators: dict[str, Any]
+
+    _advice = (
+        "Write model and guide so that they broadcast over one more plate, or pass parallel=False."
+    )
 
     def _attach(self, name: str, fn: Implicit, value: Tensor) -> None:
         super()._attach(name, fn, value)  # type: ignore[misc]
@@ -118,7 +122,8 @@ def elbo_estimate(
     :param bool parallel: take the draws in one more plate; set ``False`` where model or guide do
         not broadcast.
     :returns: the estimate and its standard error.
-    :raises ValueError: for a number out of its range.
+    :raises ValueError: for a number out of its range, and for discrete sites of the model that the
+        guide and the kind of ELBO leave out.
 
     Reference: Lim, Courville, Pal, Huang, "AR-DAE: Towards Unbiased Neural Entropy Gradient
     Estimation", ICML 2020: the energy parametrization and its normalizing constant.
@@ -129,6 +134,15 @@ def elbo_estimate(
         raise ValueError(f"num_updates: expected at least 0, got {num_updates}")
     kinds = (TraceImplicitEnum_ELBO, TraceImplicitMeanField_ELBO)
     base = next((kind for kind in kinds if isinstance(loss, kind)), TraceImplicit_ELBO)
+    drawn, joint = traces_of(model, guide, args)
+    for name, site in latent_sites(joint).items():
+        discrete = site["fn"].support.is_discrete and name not in drawn.nodes
+        if discrete and base is not TraceImplicitEnum_ELBO:
+            raise ValueError(
+                f"site '{name}': it is discrete, and the guide has none of it. Sum it out: the "
+                "model under config_enumerate, and loss=TraceImplicitEnum_ELBO(…), that of the "
+                "training or a new one."
+            )
     density_loss: Any = type("_DensityELBO", (_Density, base), {})
     if loss is not None:
         loss._restore(guide, args)
@@ -146,14 +160,21 @@ def elbo_estimate(
         loss.num_score_samples if loss is not None and started else None,
         num_score_contexts=loss.num_score_contexts if loss is not None else None,
         num_particles=particles,
-        max_plate_nesting=plate_nesting(*traces_of(model, guide, args)),
+        max_plate_nesting=plate_nesting(drawn, joint),
         vectorize_particles=parallel and particles > 1,
         strict_enumeration_warning=loss is None or loss.strict_enumeration_warning,
     )
     if loss is not None and started:
         elbo.load_state_dict(loss.state_dict())
     with torch.no_grad():
-        elbo.loss(model, guide, *args)  # builds the estimators
+        try:
+            elbo.loss(model, guide, *args)  # builds the estimators
+        except RuntimeError as error:
+            if not elbo.vectorize_particles or type(error) is not RuntimeError:
+                raise
+            raise RuntimeError(
+                f"failed in a plate of {particles} draws. {elbo._advice} {error}"
+            ) from error
         if elbo.estimators:
             with elbo._learn():
                 for _ in range(num_updates):

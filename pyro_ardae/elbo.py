@@ -24,6 +24,7 @@ from pyro_ardae.implicit import Implicit
 from pyro_ardae.random import fork_rng
 from pyro_ardae.score import ARDAE, ScoreEstimator
 from pyro_ardae.sites import ScoreMessenger, Site
+from pyro_ardae.traces import refuse_dimensions
 
 __all__ = ["TraceImplicitEnum_ELBO", "TraceImplicitMeanField_ELBO", "TraceImplicit_ELBO"]
 
@@ -44,6 +45,13 @@ class _ImplicitELBO:
     """What the three ELBOs share: estimators by site, trained when the guide is traced."""
 
     max_plate_nesting: int | float
+    num_particles: int
+    vectorize_particles: bool
+
+    _advice = (
+        "Write model and guide so that they broadcast over one more plate, or leave out "
+        "vectorize_particles=True: num_particles=8, score_interval=8."
+    )
 
     def __init__(
         self,
@@ -100,6 +108,7 @@ class _ImplicitELBO:
         self._learning = False
         self._attached: list[Implicit] = []
         self._probed: set[str] = set()
+        self._warned = False
 
     # ---- what users call -------------------------------------------------------------------------
 
@@ -147,6 +156,7 @@ class _ImplicitELBO:
         self._sites.clear()
         self._pending.clear()
         self._probed.clear()
+        self._warned = False
         self._guide = None
         self.max_plate_nesting = self._given_nesting
 
@@ -203,7 +213,11 @@ class _ImplicitELBO:
                 if self.max_plate_nesting == math.inf:
                     self._guess_max_plate_nesting(model, scored, args, kwargs)
                 messenger.paired_dim = -int(self.max_plate_nesting)  # that of the particles
-            yield from super()._get_traces(model, scored, args, kwargs)  # type: ignore[misc]
+            vectorized = self.vectorize_particles and self.num_particles > 1
+            for traces in super()._get_traces(model, scored, args, kwargs):  # type: ignore[misc]
+                if vectorized and not isinstance(self, TraceEnum_ELBO):  # which looks itself
+                    refuse_dimensions(traces, int(self.max_plate_nesting), self._advice)
+                yield traces
         finally:
             self._detach()
 
@@ -261,6 +275,8 @@ class _ImplicitELBO:
         site = self._site(name, fn, value)
 
         learning = self._learning and not self._frozen
+        if learning and self.num_particles == 1 and source.batch_shape.numel() == 1:
+            self._warn_of_one_draw(name)
         learns = learning and site.runs % self.score_interval == 0
         draws = learns or site.estimator.needs_samples
         count = self._num_draws(source.batch_shape.numel()) if draws else 0
@@ -303,6 +319,17 @@ class _ImplicitELBO:
 
         fn.score = score
         self._attached.append(fn)
+
+    def _warn_of_one_draw(self, name: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"implicit site '{name}': a step has one draw of it. A network's gradient by one "
+                "is so noisy that posteriors come out too wide, several times for some. Take "
+                "num_particles=16, vectorize_particles=True; where model or guide do not broadcast "
+                "over one more plate, num_particles=8, score_interval=8.",
+                stacklevel=2,
+            )
 
     def _some(
         self, tensors: tuple[Tensor, Tensor | None, Tensor | None], batch: torch.Size
@@ -426,8 +453,9 @@ class TraceImplicit_ELBO(_ImplicitELBO, Trace_ELBO):
         and normal noise.
     :raises TypeError: if ``score_estimator`` is not callable.
     :raises ValueError: for counts out of range; in a step, for non-finite draws of a site, for a
-        second guide whose sites have other sizes, and for a site that is not reparameterized
-        before an implicit one.
+        second guide whose sites have other sizes, for a site that is not reparameterized before an
+        implicit one, and for a model that does not broadcast over vectorized particles.
+    :warns UserWarning: once, where a step has a single draw of a site.
 
     Reference: Lim, Courville, Pal, Huang, "AR-DAE: Towards Unbiased Neural Entropy Gradient
     Estimation", ICML 2020, eq. 3 (entropy gradient) and eq. 8 (score estimate).

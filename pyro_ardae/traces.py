@@ -23,6 +23,7 @@ __all__ = [
     "latent_sites",
     "mask_of",
     "plate_nesting",
+    "refuse_dimensions",
     "refuse_subsampling",
     "run_each",
     "run_many",
@@ -94,14 +95,25 @@ def run_many(
         if type(error) is not RuntimeError:  # such as a lack of memory
             raise
         raise RuntimeError(f"failed in a plate of {num_samples} draws. {advice} {error}") from error
-    for site in sample_sites(trace):
-        shape = tuple(site["fn"].batch_shape)
-        if len(shape) > 1 + max_plate_nesting:
-            raise ValueError(
-                f"site '{site['name']}': expected {1 + max_plate_nesting} dimensions at most in a "
-                f"plate of {num_samples} draws, got the batch shape {shape}. {advice}"
-            )
+    refuse_dimensions([trace], 1 + max_plate_nesting, advice)
     return trace
+
+
+def refuse_dimensions(traces: Iterable[poutine.Trace], nesting: int, advice: str) -> None:
+    """Refuse sites with dimensions left of all plates: what does not broadcast over draws has their
+    number twice, and would count as often.
+
+    :param traces: of a model, a guide, or both.
+    :param int nesting: number of dimensions of plates, that of the draws included.
+    :raises ValueError: naming the site.
+    """
+    for site in (site for trace in traces for site in sample_sites(trace)):
+        shape = tuple(site["fn"].batch_shape)
+        if len(shape) > nesting:
+            raise ValueError(
+                f"site '{site['name']}': expected {nesting} dimensions at most in a plate of "
+                f"draws, got the batch shape {shape}. {advice}"
+            )
 
 
 def run_each(
@@ -212,5 +224,6 @@ def refuse_subsampling(trace: poutine.Trace, allowed: Iterable[str] = ()) -> Non
             name = site["name"] if random else frames[0].name
             raise ValueError(
                 f"plate '{name}': expected all data, got a subsample. Evaluate the model with the "
-                "plate at its full size."
+                "plate at its full size; if it is the guide that makes the subsample, give it "
+                "create_plates=…, with a size from the arguments."
             )

@@ -164,3 +164,33 @@ def test_an_automatic_guide_before_training(standard_errors: Callable[[int], flo
     slack = standard_errors(1) * math.hypot(found[0].error, found[1].error)
     assert abs(found[0].value - found[1].value) < slack + 0.1
     assert [len(estimate.implicit_sites) for estimate in found] == [0, 1]
+
+
+def test_a_discrete_site_that_nothing_sums_out_is_refused() -> None:
+    def mixture(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        sign = pyro.sample("sign", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        loc = z * (2 * sign - 1).unsqueeze(-1)
+        pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match=r"'sign': it is discrete.*loss=TraceImplicitEnum_ELBO"):
+        elbo_estimate(mixture, implicit, X)
+    elbo_estimate(
+        *(mixture, implicit, X), loss=TraceImplicitEnum_ELBO(), num_samples=40, num_updates=1
+    )
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_does_not_broadcast_is_evaluated_draw_by_draw(fails: bool) -> None:
+    def regression(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        loc = torch.nn.functional.linear(x, z) if fails else x @ z.unsqueeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(loc.squeeze(-1), 1.0), obs=torch.zeros(len(x)))
+
+    x = torch.randn(3, 2)
+    small = {"num_samples": 40, "num_updates": 1}
+    error = RuntimeError if fails else ValueError
+    with pytest.raises(error, match="pass parallel=False"):
+        elbo_estimate(regression, implicit, x, **small)
+    assert math.isfinite(elbo_estimate(regression, implicit, x, parallel=False, **small).value)

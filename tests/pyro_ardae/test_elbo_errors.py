@@ -29,7 +29,13 @@ from pyro.infer import (
 )
 from torch import Tensor
 
-from pyro_ardae import ARDAE, Implicit, TraceImplicit_ELBO, TraceImplicitEnum_ELBO
+from pyro_ardae import (
+    ARDAE,
+    Implicit,
+    TraceImplicit_ELBO,
+    TraceImplicitEnum_ELBO,
+    TraceImplicitMeanField_ELBO,
+)
 from pyro_ardae.score import DAE, PaperARDAE
 
 SMALL = partial(ARDAE, hidden_dim=8, depth=1)
@@ -440,6 +446,48 @@ def test_a_copy_of_the_loss_does_not_know_the_guide(copied: Callable[[Any], Any]
     for value, expected in zip(snapshot(other), snapshot(elbo), strict=True):
         assert torch.equal(value, expected)
     other.loss_and_grads(model, guide)  # any warning is an error
+
+
+def test_one_draw_in_a_step_is_warned_of_once() -> None:
+    elbo = TraceImplicit_ELBO(SMALL)
+    with pytest.warns(UserWarning, match="a step has one draw of it.*num_particles=16, vector"):
+        elbo.loss_and_grads(one_model, one_guide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        elbo.loss_and_grads(one_model, one_guide)
+        TraceImplicit_ELBO(SMALL, num_particles=2).loss_and_grads(one_model, one_guide)
+        with torch.no_grad():
+            TraceImplicit_ELBO(SMALL).loss(one_model, one_guide)
+        pyro.clear_param_store()
+        TraceImplicit_ELBO(SMALL).loss_and_grads(model, guide)  # of as many draws as rows
+
+
+def one_model(x: Tensor | None = None) -> None:
+    """Its mean does not broadcast as it should: a plate of draws is there twice."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(1, 3), 1.0).to_event(2))
+    if x is not None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal((x @ w.mT).squeeze(-1), 1.0), obs=torch.zeros(len(x)))
+
+
+def one_guide(x: Tensor | None = None) -> None:
+    scale = pyro.param("scale", torch.ones(1, 3))
+    pyro.sample("w", Implicit(lambda eps: eps.unflatten(-1, (1, 3)) * scale, 3, None, (1, 3)))
+
+
+@pytest.mark.parametrize("kind", [TraceImplicit_ELBO, TraceImplicitMeanField_ELBO])
+def test_what_does_not_broadcast_over_particles_is_refused(kind: Any) -> None:
+    """The loss would count each observation as often as there are particles. With enumeration,
+    Pyro looks itself.
+    """
+    x = torch.randn(5, 3)
+    elbo = kind(SMALL, num_particles=4, vectorize_particles=True)
+    words = r"site 'y': expected 2 dimensions.*shape \(4, 4, 5\).*num_particles=8"
+    with pytest.raises(ValueError, match=words):
+        elbo.loss_and_grads(one_model, one_guide, x)
+    for parameter in pyro.get_param_store()._params.values():
+        assert parameter.grad is None or not bool(parameter.grad.any())
+    kind(SMALL, num_particles=4).loss_and_grads(one_model, one_guide, x)
 
 
 # ---- non-finite draws ----------------------------------------------------------------------------
