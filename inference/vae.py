@@ -135,8 +135,8 @@ def run(config: Config) -> Path:
         recorded = RunFolder.read_config(path)
         if any(recorded[name] != options[name] for name in ESTIMATE):
             training.best_valid = -float("inf")  # other estimates cannot be compared with it
-        best = folder.checkpoint("best").exists() and folder.load("best")["step"]
-        if best > training.steps_done:
+        validated = folder.checkpoint("best").exists()
+        if validated and folder.load("best")["step"] > training.steps_done:
             training.best_valid = -float("inf")  # the run goes on from before it
         folder.record(options)
         folder.drop_rows_after(training.steps_done)

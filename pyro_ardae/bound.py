@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from pyro_ardae.elbo import (
 )
 from pyro_ardae.implicit import Implicit
 from pyro_ardae.score import ARDAE
-from pyro_ardae.traces import latent_sites, plate_nesting, traces_of
+from pyro_ardae.traces import OR_EACH, advised, latent_sites, plate_nesting, traces_of
 
 __all__ = ["ElboEstimate", "elbo_estimate"]
 
@@ -52,9 +53,7 @@ class _Density:
 
     estimators: dict[str, Any]
 
-    _advice = (
-        "Write model and guide so that they broadcast over one more plate, or pass parallel=False."
-    )
+    _advice = OR_EACH
 
     def _attach(self, name: str, fn: Implicit, value: Tensor) -> None:
         super()._attach(name, fn, value)  # type: ignore[misc]
@@ -167,14 +166,8 @@ def elbo_estimate(
     if loss is not None and started:
         elbo.load_state_dict(loss.state_dict())
     with torch.no_grad():
-        try:
+        with advised(particles) if elbo.vectorize_particles else nullcontext():
             elbo.loss(model, guide, *args)  # builds the estimators
-        except RuntimeError as error:
-            if not elbo.vectorize_particles or type(error) is not RuntimeError:
-                raise
-            raise RuntimeError(
-                f"failed in a plate of {particles} draws. {elbo._advice} {error}"
-            ) from error
         if elbo.estimators:
             with elbo._learn():
                 for _ in range(num_updates):

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -17,6 +18,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
+    "OR_EACH",
+    "advised",
     "common_plates",
     "guide_draws",
     "joined",
@@ -33,6 +36,11 @@ __all__ = [
 ]
 
 _PLATE = "_pyro_ardae_draws"
+
+#: What helps where model or guide do not broadcast over a plate of draws.
+OR_EACH = (
+    "Write model and guide so that they broadcast over one more plate, or pass parallel=False."
+)
 
 
 def guide_draws(
@@ -87,16 +95,26 @@ def run_many(
     :raises RuntimeError: if it fails there.
     :raises ValueError: for a site that has more dimensions than these plates.
     """
-    advice = "Write it so that it broadcasts over one more plate, or pass parallel=False."
+    dim = -1 - max_plate_nesting
+    with advised(num_samples), poutine.block(), pyro.plate(_PLATE, num_samples, dim=dim):
+        trace = poutine.trace(fn).get_trace(*args)
+    refuse_dimensions([trace], 1 + max_plate_nesting, OR_EACH)
+    return trace
+
+
+@contextmanager
+def advised(num_samples: int) -> Iterator[None]:
+    """Errors of what runs in a plate of so many draws say what to do.
+
+    :raises RuntimeError: of torch or Pyro, with the advice.
+    """
     try:
-        with poutine.block(), pyro.plate(_PLATE, num_samples, dim=-1 - max_plate_nesting):
-            trace = poutine.trace(fn).get_trace(*args)
+        yield
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # such as a lack of memory
             raise
-        raise RuntimeError(f"failed in a plate of {num_samples} draws. {advice} {error}") from error
-    refuse_dimensions([trace], 1 + max_plate_nesting, advice)
-    return trace
+        text = f"failed in a plate of {num_samples} draws. {OR_EACH} {error}"
+        raise RuntimeError(text) from error
 
 
 def refuse_dimensions(traces: Iterable[poutine.Trace], nesting: int, advice: str) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -202,10 +201,9 @@ def evaluate_tight(run: Path, config: Config, vae: VAE, tight: Tight) -> dict[st
         arrays = tight_evaluation(vae, x, tight, explicit=config.explicit)
     save(run, arrays, x)
     figures = summary(arrays)
-    path = run / "results.json"
-    recorded = json.loads(path.read_text()) if path.exists() else {}
-    settings = {"ais_options": dataclasses.asdict(tight)}
-    RunFolder(run, ()).write_json("results.json", {**recorded, **settings, **figures})
+    folder, settings = RunFolder(run, ()), {"ais_options": dataclasses.asdict(tight)}
+    recorded = folder.read_json("results.json")
+    folder.write_json("results.json", {**recorded, **settings, **figures})
     return figures
 
 

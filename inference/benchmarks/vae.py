@@ -21,7 +21,6 @@ interrupted is resumed from its last checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,7 +221,5 @@ def _stretched(config: Config, steps: int) -> dict[str, int]:
 
 def _evaluated(path: Path, tight: Tight) -> bool:
     """Whether a run has the figures of annealed importance sampling, with these options."""
-    if not (path / "results.json").exists():
-        return False
-    recorded = json.loads((path / "results.json").read_text())
+    recorded = RunFolder(path, ()).read_json("results.json")
     return recorded.get("ais_options") == dataclasses.asdict(tight)

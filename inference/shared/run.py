@@ -185,11 +185,9 @@ class RunFolder:
         os.replace(partial, self.path / name)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; empty where there is none that can be read."""
-        try:
-            found: dict[str, Any] = json.loads((self.path / name).read_text())
-        except (OSError, ValueError):
-            return {}
+        """A JSON file of the run; empty where there is none yet."""
+        path = self.path / name
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return found
 
     @staticmethod
