@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +38,7 @@ from torch import Tensor
 from inference.agents.agent import Agent
 from inference.agents.policy import ImplicitPolicy
 from inference.agents.presets import IMPLICIT, AgentName, Config, build_policy, check
+from inference.shared.clock import Clock, clock_of
 from inference.shared.errors import (
     UserError,
     check_options,
@@ -82,7 +82,7 @@ class Options:
     """Seeds; everything is done for each."""
     seconds: float = 60.0
     """Time of training of each. The schedules run over it, whatever the machine's speed."""
-    clock: Literal["wall", "cpu"] = "wall"
+    clock: Clock = "wall"
     """What the time is measured in: wall-clock, or this process's CPU time."""
     updates: int = 1_000_000
     """Updates at most; the schedules run over whichever limit comes first."""
@@ -113,7 +113,7 @@ def train(options: Options, bandit: Bandit, agent_name: AgentName, seed: int) ->
     config = dataclasses.replace(options.config, agent=agent_name, alpha=bandit.alpha)
     policy = build_policy(config, Bandit.NUM_STATES, bandit.action_dim)
     agent = Agent(policy, bandit, config)
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    clock = clock_of(options.clock)
     score_rate, base = config.score_learning_rate, agent.log_alpha.clone()
     states = bandit.states().repeat(config.batch_size // Bandit.NUM_STATES, 1)
     started = clock()

@@ -18,7 +18,6 @@ the RunFolder's ``config.json``, ``command.txt``, ``versions.json``, ``metrics.c
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,8 @@ from tqdm import tqdm
 from inference.energies.presets import PRESETS, Config, Guide, check
 from inference.energies.report import draw, table
 from inference.shared import grid, plots
-from inference.shared.errors import UserError, failed, user_errors
+from inference.shared.clock import clock_of
+from inference.shared.errors import failed, needs, user_errors
 from inference.shared.optim import TorchOptim
 from inference.shared.process import use_threads
 from inference.shared.rows import write_csv
@@ -148,9 +148,9 @@ def build(
             learning_rate=config.score_learning_rate,
             depth=config.score_depth,
             delta=config.score_delta,
-            whitening=config.score_whitening,
-            weight_decay=config.score_weight_decay,
-            reference=target_score if config.score_reference else None,
+            whitening="none",  # the network learns the difference from the model's score
+            weight_decay=0.0,
+            reference=target_score,
         )
         loss: ELBO = TraceImplicit_ELBO(
             estimator,
@@ -162,7 +162,7 @@ def build(
         )
         return posterior, loss, config.learning_rate
     if guide == "flow":
-        try:
+        with needs("--guide flow", "zuko", "flows"):
             posterior = FlowPosterior(
                 2,
                 transforms=config.flow_transforms,
@@ -170,11 +170,6 @@ def build(
                 bins=config.flow_bins,
                 spread=config.spread,
             )
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"--guide flow: expected zuko to be installed, found: {error}; "
-                'pip install "pyro-ardae[flows]"'
-            ) from None
         batch_size, rate = config.flow_batch_size, config.flow_learning_rate
     else:
         posterior = GaussianPosterior(2, spread=config.spread)
@@ -206,7 +201,7 @@ def run(config: Config) -> Path:
     check(config)
     options = dataclasses.asdict(config)
     energy = ENERGIES[config.energy]
-    clock = time.perf_counter if config.clock == "wall" else time.process_time
+    clock = clock_of(config.clock)
     guides = get_args(Guide) if config.guide == "all" else (config.guide,)
     out = config.out or Path("runs") / f"energy-{config.energy}"
     log_z = log_normalizer(energy)

@@ -37,12 +37,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyro
 import tyro
 from torch import Tensor
@@ -53,14 +50,17 @@ from inference.posteriors import plots as posterior_plots
 from inference.posteriors.reference import R_HAT_LIMIT, Reference, reference
 from inference.posteriors.table import COLUMNS, FLOOR, MOMENTS, Key, read, table
 from inference.posteriors.training import Config, Training
+from inference.shared.clock import clock_of
 from inference.shared.errors import (
     UserError,
     check_options,
     failed,
+    needs,
     positive,
     some_seeds,
     user_errors,
 )
+from inference.shared.files import write_arrays
 from inference.shared.plots import save
 from inference.shared.process import use_threads
 from inference.shared.progress import advance
@@ -112,7 +112,7 @@ def compare(config: Config) -> Path:
     """Makes the rows that the folder lacks, then table and figures; returns the folder."""
     _check(config)
     path, options = config.out, dataclasses.asdict(config)
-    RunFolder.open_or_create(path, options, COLUMNS, may_differ=MAY_DIFFER)
+    RunFolder.open_or_create(path, options, (), may_differ=MAY_DIFFER)
     rows = read(path / "results.csv", COLUMNS) if (path / "results.csv").exists() else {}
     known = read(path / "moments.csv", MOMENTS) if (path / "moments.csv").exists() else {}
     wanted: list[Key] = [
@@ -124,7 +124,7 @@ def compare(config: Config) -> Path:
     missing = [key for key in wanted if key not in rows]
     if len(missing) < len(wanted):
         print(f"{path}: {len(wanted) - len(missing)} of {len(wanted)} runs are there already")
-    clock = time.perf_counter if config.clock == "wall" else time.process_time
+    clock = clock_of(config.clock)
     references: dict[str, Reference] = {}
     for name in config.posteriors:
         print(f"reference of {name}: ", end="", flush=True)
@@ -152,7 +152,8 @@ def compare(config: Config) -> Path:
                 draws = training.draws(config.draws)
             row = evaluate(draws, found.draws.flatten(0, 1), posterior)
             row |= {"steps": training.steps_done, "seconds": round(training.seconds, 3)}
-            _save_draws(path / "draws" / f"{name}-{guide}-{seed}.npz", draws)
+            file = path / "draws" / f"{name}-{guide}-{seed}.npz"
+            write_arrays(file, draws=draws.float().numpy())
             for at, figures in moments(draws, found, posterior).items():
                 known[(name, guide, seed, at)] = dict(zip(MOMENTS[4:], figures, strict=True))
             rows[key] = row
@@ -175,13 +176,8 @@ def compare(config: Config) -> Path:
 
 
 def _posterior(name: str) -> Posterior:
-    try:
+    with needs(f"--posteriors {name}", "scikit-learn", "programs"):
         return POSTERIORS[name]()
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"--posteriors {name}: expected scikit-learn to be installed, found: {error}; "
-            'pip install "pyro-ardae[programs]"'
-        ) from None
 
 
 def _reference(name: str, config: Config) -> Reference:
@@ -196,21 +192,10 @@ def _reference(name: str, config: Config) -> Reference:
 @contextlib.contextmanager
 def _user_errors(label: str) -> Iterator[None]:
     try:
-        yield
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{label}: expected zuko to be installed, found: {error}; "
-            'pip install "pyro-ardae[flows]"'
-        ) from None
+        with needs(label, "zuko", "flows"):
+            yield
     except ValueError as error:
         raise failed(label, error, "Try a lower --learning-rate") from error
-
-
-def _save_draws(path: Path, draws: Tensor) -> None:
-    partial_path = path.with_name(f".{path.name}")
-    with partial_path.open("wb") as file:
-        np.savez_compressed(file, draws=draws.float().numpy())
-    os.replace(partial_path, path)
 
 
 def _check(config: Config) -> None:

@@ -9,7 +9,6 @@ line for each environment and agent, with the range over its seeds.
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from inference.agents.rollout import evaluate
 from inference.shared import plots
 from inference.shared.errors import UserError, user_errors
 from inference.shared.randomness import forked_rng, seed_of
+from inference.shared.rows import read_rows
 from inference.shared.run import RunFolder, read_metrics
 from models.environments import MultiGoal
 
@@ -177,18 +177,15 @@ def _read(path: Path) -> list[tuple[str, str, int, Metrics]]:
 def _read_table(path: Path) -> list[tuple[str, str, int, Metrics]]:
     envs = {task: env for env, task in TASKS.items()}
     found: dict[tuple[str, str, int], Metrics] = defaultdict(lambda: defaultdict(list))
-    try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                metrics = found[envs[row["task"]], row["agent"], int(row["seed"])]
-                for name in ("step", "eval_return"):
-                    metrics[name].append(float(row[name]))
-        if not found:
-            raise ValueError("no rows")
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path}: expected a learning.csv of inference.bench learn, found: {error!r}"
-        ) from None
+    columns = ("task", "agent", "seed", "step", "eval_return")
+    remedy = "give a learning.csv of inference.bench learn"
+    for (task, agent, seed), row in read_rows(path, columns, key=3, remedy=remedy):
+        if task not in envs:
+            raise UserError(f"{path}: expected tasks of {', '.join(envs)}, found {task}; {remedy}")
+        for name, value in row.items():
+            found[envs[task], agent, seed][name].append(value)
+    if not found:
+        raise UserError(f"{path}: expected runs, found none; {remedy}")
     return [(*key, metrics) for key, metrics in found.items()]
 
 

@@ -89,7 +89,7 @@ class Funnel(Target):
 
     With Neal's own scale, 3, the squared score in whitened units, of mean
     :math:`e^{\text{scale}^2}` in x, is that of a few draws in a million; hence 1.5 in
-    :data:`TARGETS`.
+    :data:`models.targets.TARGETS`.
 
     Reference: Neal, "Slice sampling", Annals of Statistics 2003, sec. 8.
     """

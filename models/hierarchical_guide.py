@@ -149,9 +149,10 @@ class ReverseGuide(nn.Module):
     :param int data_dim: width of x.
     :param int latent_dim: width of z.
     :param int auxiliary_dim: width of :math:`z_0`.
-    :param tuple[int, ...] hidden_dims: widths of the hidden layers, at least one.
+    :param tuple[int, ...] hidden_dims: widths of the hidden layers, at least two.
     :param type[nn.Module] activation: activation of the hidden layers.
     :param torch.dtype compute_dtype: see :class:`models.networks.Network`.
+    :raises ValueError: for fewer hidden layers.
     """
 
     def __init__(
@@ -165,6 +166,8 @@ class ReverseGuide(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if len(hidden_dims) < 2:
+            raise ValueError(f"hidden_dims: expected at least two hidden layers, got {hidden_dims}")
         self.net = ConditionalMLP(
             latent_dim,
             data_dim,

@@ -70,6 +70,8 @@ def to_arviz(
     :raises ModuleNotFoundError: if ArviZ is not installed.
     :raises ValueError: for a subsampled plate, a discrete latent site, a guide that leaves out a
         site, or a name of ``dims`` or ``coords`` that fits nothing.
+    :raises RuntimeError: where model or guide fail in one more plate, with the advice to take
+        ``parallel=False``.
     """
     if num_samples < 2:
         raise ValueError(f"num_samples: expected at least 2, got {num_samples}")

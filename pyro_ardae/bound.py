@@ -123,6 +123,8 @@ def elbo_estimate(
     :returns: the estimate and its standard error.
     :raises ValueError: for a number out of its range, and for discrete sites of the model that the
         guide and the kind of ELBO leave out.
+    :raises RuntimeError: where model or guide fail in one more plate, with the advice to take
+        ``parallel=False``.
 
     Reference: Lim, Courville, Pal, Huang, "AR-DAE: Towards Unbiased Neural Entropy Gradient
     Estimation", ICML 2020: the energy parametrization and its normalizing constant.

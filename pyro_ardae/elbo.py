@@ -41,6 +41,20 @@ def _finite_gradients(trace: poutine.Trace) -> bool:
     return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
 
 
+def _draw(name: str, source: Implicit, count: int, *, center: bool) -> tuple[Tensor, Tensor | None]:
+    with poutine.block():
+        samples, found = source.flat_draws(count, center=center)
+    if not torch.isfinite(samples.square().sum()):  # the estimators keep squares of them
+        raise ValueError(
+            f"implicit site '{name}': its sampler returned non-finite values, or some too "
+            "large to be squared. The step was refused and no parameter changed. Lower the "
+            "learning rate, clip gradients, or check the data for NaN. If every step is "
+            "refused, parameters are NaN already: an earlier step had a finite loss "
+            "without a finite gradient."
+        )
+    return samples, found
+
+
 class _ImplicitELBO:
     """What the three ELBOs share: estimators by site, trained when the guide is traced."""
 
@@ -280,27 +294,10 @@ class _ImplicitELBO:
         learns = learning and site.runs % self.score_interval == 0
         draws = learns or site.estimator.needs_samples
         count = self._num_draws(source.batch_shape.numel()) if draws else 0
-        center: Tensor | None = None
-
-        def draw() -> Tensor:
-            nonlocal center
-            wanted = site.estimator.needs_center and center is None
-            with poutine.block():
-                samples, found = source.flat_draws(count, center=wanted)
-            center = found if wanted else center
-            if not torch.isfinite(samples.square().sum()):  # the estimators keep squares of them
-                raise ValueError(
-                    f"implicit site '{name}': its sampler returned non-finite values, or some too "
-                    "large to be squared. The step was refused and no parameter changed. Lower the "
-                    "learning rate, clip gradients, or check the data for NaN. If every step is "
-                    "refused, parameters are NaN already: an earlier step had a finite loss "
-                    "without a finite gradient."
-                )
-            return samples
-
-        samples = draw()
+        samples, center = _draw(name, source, count, center=site.estimator.needs_center)
         for update in range(self.num_score_updates if learns else 0):
-            samples = draw() if update else samples
+            if update:
+                samples, _ = _draw(name, source, count, center=False)
             learned = self._some((samples, context, center), source.batch_shape)
             site.num_draws = count
             site.loss = site.estimator.update(*learned[:2], center=learned[2])
@@ -451,11 +448,13 @@ class TraceImplicit_ELBO(_ImplicitELBO, Trace_ELBO):
         of its noise that is odd in theirs cancels: most of that of a location, and what tips a
         guide from one mode into another. Takes ``vectorize_particles``, an even ``num_particles``
         and normal noise.
-    :raises TypeError: if ``score_estimator`` is not callable.
-    :raises ValueError: for counts out of range; in a step, for non-finite draws of a site, for a
-        second guide whose sites have other sizes, for a site that is not reparameterized before an
-        implicit one, and for a model that does not broadcast over vectorized particles.
-    :warns UserWarning: once, where a step has a single draw of a site.
+    :raises TypeError: if ``score_estimator`` is not callable, or returns no estimator in a step.
+    :raises ValueError: for counts out of range, and an odd or not vectorized number of antithetic
+        particles; in a step, for non-finite draws of a site, a loss that is not finite, a second
+        guide whose sites have other sizes, a site that is not reparameterized before an implicit
+        one, and a model that does not broadcast over vectorized particles.
+    :warns UserWarning: once, where a step has a single draw of a site, where a second guide has the
+        same sites, and for each site whose sampler reads what its context lacks.
 
     Reference: Lim, Courville, Pal, Huang, "AR-DAE: Towards Unbiased Neural Entropy Gradient
     Estimation", ICML 2020, eq. 3 (entropy gradient) and eq. 8 (score estimate).

@@ -107,6 +107,8 @@ def log_likelihood(
     :returns: estimates and what they are worth.
     :raises ValueError: for a discrete latent site, a subsampled plate, a guide that leaves out a
         site or gives non-finite draws, or a number out of its range.
+    :raises RuntimeError: where model or guide fail in one more plate, with the advice to take
+        ``parallel=False``.
     :warns UserWarning: where a Pareto :math:`\hat k` is above 0.7 or not a number.
 
     Reference: J. H. Lim, A. Courville, C. Pal, C.-W. Huang, "AR-DAE: Towards Unbiased Neural

@@ -72,3 +72,22 @@ def chi_square_bound() -> Callable[[float], float]:
     freedom k: k + 2 sqrt(k t) + 2 t with t = -log rate (Laurent & Massart 2000, lemma 1)."""
     t = -math.log(FAILURE_RATE)
     return lambda k: k + 2 * math.sqrt(k * t) + 2 * t
+
+
+def assert_equal(one: object, other: object, path: str = "state") -> None:
+    """That two states are the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        assert isinstance(other, torch.Tensor), path
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert isinstance(other, dict), path
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_equal(one[key], other[key], f"{path}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        assert isinstance(other, list | tuple), path
+        assert len(one) == len(other), path
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_equal(left, right, f"{path}[{index}]")
+    else:
+        assert one == other, path

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.actors import FlowActor, GaussianActor, log_tanh_slope
 from models.implicit_actor import Encoded, ImplicitActor, PartPosterior
-from pyro_ardae.score import ScoreEstimator
+from pyro_ardae import ARDAE
 
 __all__ = ["Alternative", "Draw", "ExplicitPolicy", "ImplicitPolicy", "Policy", "Proposal"]
 
@@ -115,8 +115,9 @@ class ImplicitPolicy(nn.Module):
     <https://arxiv.org/abs/1511.02386>`_): a lower bound of the entropy.
 
     :param ImplicitActor actor: the actor.
-    :param ScoreEstimator estimator: of the score of y given state and part (as a context of
-        ``obs_dim + K``), with ``log_prob`` and without whitening: it is queried by single draws.
+    :param ARDAE estimator: of the score of y given state and part (as a context of
+        ``obs_dim + K``), in the energy parametrization and without whitening: it is queried by
+        single draws.
     :param int num_draws: draws per state by which the score is learned, >= 1.
     :param float bound: magnitude of z from which on :meth:`rsample` counts excess, > 0. Beyond 4
         the tanh is flat, and only the entropy would still move a draw.
@@ -143,7 +144,7 @@ class ImplicitPolicy(nn.Module):
     def __init__(
         self,
         actor: ImplicitActor,
-        estimator: ScoreEstimator,
+        estimator: ARDAE,
         *,
         num_draws: int,
         bound: float = 4.0,

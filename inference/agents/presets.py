@@ -19,6 +19,7 @@ from inference.shared.errors import (
     check_device,
     check_options,
     check_unread,
+    needs,
     one_seed,
     positive,
 )
@@ -294,13 +295,8 @@ def build_policy(config: Config, obs_dim: int, action_dim: int) -> Policy:
     if config.agent == "sac":
         return ExplicitPolicy(GaussianActor(obs_dim, action_dim, **hidden)).to(config.device)
     if config.agent == "sac-nf":
-        try:
+        with needs("sac-nf", "zuko", "flows"):
             return ExplicitPolicy(FlowActor(obs_dim, action_dim, **hidden)).to(config.device)
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"sac-nf: expected zuko to be installed, found: {error}; "
-                'pip install "pyro-ardae[flows]"'
-            ) from None
     if config.noise_dim is not None and config.noise_dim < action_dim:
         raise UserError(
             f"--noise-dim: expected the action's width at least, {action_dim}, found "

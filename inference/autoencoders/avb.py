@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ardae.score.energy import EnergyNetwork
-from pyro_ardae.score.reference import Reference
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.whitened import WhitenedEstimator
 from pyro_ardae.score.whitening import Mode
@@ -40,6 +39,7 @@ class AdversarialScore(WhitenedEstimator):
     :param int context_dim: dimensions of the context; 0 for none.
     :param int hidden_dim: width of the discriminator.
     :param int depth: its hidden layers.
+    :raises ValueError: as for ARDAE.
 
     Other parameters are those of :class:`~pyro_ardae.ARDAE`.
 
@@ -64,11 +64,12 @@ class AdversarialScore(WhitenedEstimator):
         min_age: int = 100,
         max_age: int = 8000,
     ) -> None:
-        features = self.feature_dim(dim, context_dim, whitening)
         super().__init__(
             dim,
             context_dim,
-            EnergyNetwork(dim, features, hidden_dim, depth),
+            EnergyNetwork,
+            hidden_dim=hidden_dim,
+            depth=depth,
             num_folds=num_folds,
             num_steps=num_steps,
             whitening=whitening,
@@ -80,13 +81,11 @@ class AdversarialScore(WhitenedEstimator):
             max_age=max_age,
         )
 
-    def _loss(
-        self, w: Tensor, features: Tensor, base: Student | Reference
-    ) -> tuple[Tensor, Tensor]:
+    def _loss(self, w: Tensor, features: Tensor, base: Student) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the discriminator: 2 log 2 where the two cannot be told apart."""
         return self.network.ratio_loss(self.weights, w, base.sample(w.shape, w), features)
 
-    def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:
+    def _advantage(self, w: Tensor, features: Tensor, base: Student) -> Tensor:
         contrast = base.sample(w.shape, w)
         slow, fast = (
             self.network.ratio_loss(average, w, contrast, features)[0] for average in self.averages

@@ -18,7 +18,7 @@ from inference.autoencoders.data import BinarizedMNIST, Dataset, ToyData, load_b
 from inference.autoencoders.dynamic_mnist import DynamicMNIST, load_images
 from inference.autoencoders.missing import MissingPixels
 from inference.autoencoders.options import SCORED, Config
-from inference.shared.errors import UserError
+from inference.shared.errors import UserError, needs
 from models.auxiliary_vae import AuxiliaryVAE
 from models.convolutions import ConvNetwork, ConvTrunk, ResConvNetwork, ResConvTrunk
 from models.flows import FlowGuide
@@ -191,18 +191,13 @@ def _build_head(config: Config, feature_dim: int, latent_dim: int) -> nn.Module:
             feature_dim, latent_dim, gain=config.gain, compute_dtype=config.compute_dtype
         )
     if config.guide == "flow":
-        try:
+        with needs(config.preset, "zuko", "flows"):
             return FlowGuide(
                 feature_dim,
                 latent_dim,
                 transforms=config.flow_transforms,
                 hidden_dims=_DEVIATION,
             )
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"{config.preset}: expected zuko to be installed, found: {error}; "
-                'pip install "pyro-ardae[flows]"'
-            ) from None
     # The others of the hierarchical kind need the density of a diagonal conditional.
     base = _build_base(config, feature_dim, latent_dim) if config.guide in SCORED else None
     hidden_dims = _DEVIATION_FROM_FULL if isinstance(base, FullCovarianceGuide) else _DEVIATION

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from inference.autoencoders.batches import Order, chosen, generator
 from inference.shared.errors import UserError
+from inference.shared.files import write_arrays
+from inference.shared.run import make_folder
 from models import toy
 
 __all__ = [
@@ -226,9 +228,7 @@ def _fetch(directory: Path, base_url: str, splits: Mapping[str, Split]) -> None:
                     _download(base_url + file_name, path, directory)
                 packed[name] = read_amat(path, split.rows)
                 _verify(path, name, packed[name], split)
-            partial = Path(temporary) / CACHE_NAME
-            np.savez_compressed(partial, **packed)
-            os.replace(partial, directory / CACHE_NAME)
+            write_arrays(directory / CACHE_NAME, **packed)
     except OSError as error:
         raise UserError(
             f"{directory}: expected a directory to write {CACHE_NAME} to, found: {error}"
@@ -282,10 +282,7 @@ def make_sample(directory: Path, *, rows: int = 256, seed: int = 0) -> Path:
         distance = (grid[:, None] - row) ** 2 + (grid - column) ** 2
         pixels = random.uniform(size=distance.shape) < np.exp(-distance / 18)
         made[name] = np.packbits(pixels.reshape(rows, NUM_PIXELS), axis=1)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     path = directory / CACHE_NAME
-    partial = directory / f".{CACHE_NAME}"
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **made)
-    os.replace(partial, path)
+    write_arrays(path, **made)
     return path

@@ -19,6 +19,7 @@ from inference.autoencoders.presets import Config, build_data, build_vae
 from inference.autoencoders.tight import POINTS_AT_ONCE, Tight, save, summary, tight_evaluation
 from inference.shared.errors import UserError, check_device
 from inference.shared.precision import full_precision
+from inference.shared.randomness import forked_rng
 from inference.shared.run import RunFolder
 from models import toy
 from models.vae import VAE
@@ -64,8 +65,7 @@ def evaluate(
     """
     totals: dict[str, list[Tensor]] = {"log_px": []}
     latents, point_variances = [], []
-    with torch.random.fork_rng(), full_precision(vae):
-        torch.manual_seed(seed)
+    with forked_rng(seed), full_precision(vae):
         for chunk in x.split(POINTS_AT_ONCE):
 
             def log_joint(z: Tensor, chunk: Tensor = chunk) -> Tensor:
@@ -127,8 +127,7 @@ def _modes(vae: VAE, seed: int) -> dict[str, float]:
     measure. ``smallest_mode`` is the smallest share of a mode, ``near_a_mode`` that of all of them
     together; 86 % are expected.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with forked_rng(seed):
         prior = vae.prior(next(vae.parameters()))
         samples = vae.decoder(prior.sample(torch.Size((10_000,)))).sample().cpu()
     distance, nearest = torch.cdist(samples, toy.modes()).min(-1)

@@ -149,7 +149,7 @@ class Config:
     score_hidden_dim: int = 48
     """Guides without a density: width of the network of the score, or of AVB's discriminator."""
     score_depth: int = 4
-    """Implicit guide: hidden layers of the score network."""
+    """Guides without a density: its hidden layers."""
     score_learning_rate: float = 4e-3
     """Guides without a density: its step size."""
     score_folds: int = 4

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from torch import Tensor
 from inference.autoencoders.ais import annealed_importance_sampling, refine_gaussian
 from inference.autoencoders.entropy import fit_energy, implicit_elbo
 from inference.shared.errors import UserError, check_options, positive
+from inference.shared.files import write_arrays
+from inference.shared.randomness import forked_rng
 from models.vae import VAE
 from pyro_ardae.evaluate import elbo, fit_gaussian
 
@@ -102,8 +103,7 @@ def tight_evaluation(
         and, by :meth:`models.vae.VAE.conditional_draws`, ``elbo_bound``, which is too low.
     """
     parts: dict[str, list[Tensor]] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(options.points_seed)
+    with forked_rng(options.points_seed):
         energy = None
         if not explicit:
             energy = fit_energy(vae.posterior, vae.trunk, x, num_updates=options.energy_updates)
@@ -186,10 +186,7 @@ def summary(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
 def save(run: Path, arrays: Mapping[str, np.ndarray], x: Tensor) -> Path:
     """Writes the figures of each image into a run folder, with a digest of the images."""
     path = run / FILE_NAME
-    partial = run / f".{FILE_NAME}"
-    with partial.open("wb") as file:
-        np.savez_compressed(file, **arrays, images=np.array(_digest(x)))
-    os.replace(partial, path)
+    write_arrays(path, **arrays, images=np.array(_digest(x)))
     return path
 
 

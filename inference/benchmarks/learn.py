@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from inference.agents.presets import PRESETS, TASKS, AgentName, Config, check
-from inference.shared.errors import UserError, check_options, some_seeds
+from inference.shared.errors import UserError, check_options, needs, some_seeds
 from inference.shared.randomness import seed_of
 from inference.shared.rows import write_csv
 from inference.shared.run import RunFolder, read_metrics
@@ -127,15 +127,10 @@ def _discard(path: Path) -> None:
 def _learn_sb3(config: Config, path: Path) -> None:
     """Trains Stable-Baselines3's SAC; it cannot be resumed, so a stopped run begins anew."""
     # Not before: other benchmarks do without gymnasium.
-    try:
+    with needs("bench learn", "stable-baselines3", "rl,bench"):
         import gymnasium
         from stable_baselines3 import SAC
         from stable_baselines3.common.callbacks import BaseCallback
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"bench learn: expected stable-baselines3 to be installed, found: {error}; "
-            'pip install "pyro-ardae[rl,bench]"'
-        ) from None
     from inference.agents.rollout import Episode, evaluate, return_figures, wrap
 
     _discard(path)

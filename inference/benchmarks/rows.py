@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,12 +19,12 @@ from torch import Tensor
 from inference.autoencoders.data import Dataset
 from inference.autoencoders.presets import PRESETS, Config, check
 from inference.autoencoders.training import Training
+from inference.shared.clock import Clock, clock_of
 from inference.shared.errors import UserError
 from inference.shared.precision import process_precision
 from pyro_ardae import TraceImplicit_ELBO
 
 __all__ = [
-    "Clock",
     "baseline",
     "bench_rows",
     "check_rows",
@@ -33,8 +32,6 @@ __all__ = [
     "describe_rows",
     "step_times",
 ]
-
-Clock = Literal["wall", "cpu"]
 
 
 def config_of(row: str) -> Config:
@@ -82,7 +79,7 @@ class _Stopwatch:
 
     def __init__(self, device: str, clock: Clock) -> None:
         self.device = device
-        self.clock = time.perf_counter if clock == "wall" else time.process_time
+        self.clock = clock_of(clock)
 
     def __call__(self) -> float:
         if self.device.startswith("cuda"):

@@ -13,8 +13,6 @@ defaults, which are the same sizes.
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,8 @@ import torch
 from inference.agents.agent import Agent
 from inference.agents.presets import PRESETS, AgentName, build_critic, build_policy
 from inference.agents.replay import Batch, Replay
-from inference.shared.errors import UserError, check_options
+from inference.shared.clock import Clock, clock_of, median_seconds
+from inference.shared.errors import check_options, needs
 
 __all__ = ["Sac", "bench_sac", "describe_sac"]
 
@@ -41,7 +40,7 @@ class Sac:
     """Timed updates of each; they take turns."""
     warmup: int = 30
     """Updates of each before the clock runs."""
-    clock: Literal["wall", "cpu"] = "wall"
+    clock: Clock = "wall"
     """What is measured: wall-clock time, or this process's CPU time, which on one thread is the
     wall-clock of an idle core."""
     threads: int = 1
@@ -80,15 +79,10 @@ def _build(name: AgentName, options: Sac) -> Callable[[], Any]:
 
 
 def _build_sb3(options: Sac) -> Callable[[], Any]:
-    try:
+    with needs("bench sac", "stable-baselines3", "rl,bench"):
         import gymnasium
         from stable_baselines3 import SAC
         from stable_baselines3.common.logger import configure
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"bench sac: expected stable-baselines3 to be installed, found: {error}; "
-            'pip install "pyro-ardae[rl,bench]"'
-        ) from None
 
     class Shapes(gymnasium.Env[Any, Any]):
         """Spaces of HalfCheetah, without MuJoCo: nothing is stepped."""
@@ -125,15 +119,9 @@ def bench_sac(options: Sac) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     jobs = {"sb3": _build_sb3(options)}
     jobs |= {name: _build(name, options) for name in get_args(AgentName)}
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for index in range(options.warmup + options.updates):
-        for name, update in jobs.items():
-            start = clock()
-            update()
-            if index >= options.warmup:
-                times[name].append(clock() - start)
-    median = {name: statistics.median(values) for name, values in times.items()}
+    median = median_seconds(
+        jobs, turns=options.updates, warmup=options.warmup, clock=clock_of(options.clock)
+    )
     return {
         "ms": {name: 1e3 * value for name, value in median.items()},
         "ratio_to_sb3": {

@@ -32,7 +32,7 @@ import tyro
 from inference.autoencoders.evaluation import describe_tight, evaluate_tight, restore
 from inference.autoencoders.presets import Config, build_data
 from inference.autoencoders.tight import Tight, check_tight
-from inference.benchmarks.rows import Clock, check_rows, config_of, step_times
+from inference.benchmarks.rows import check_rows, config_of, step_times
 from inference.benchmarks.vae_table import (
     STEP_COLUMNS,
     collect,
@@ -41,6 +41,7 @@ from inference.benchmarks.vae_table import (
     table,
     write_results,
 )
+from inference.shared.clock import Clock
 from inference.shared.errors import UserError, check_device, check_options, positive, some_seeds
 from inference.shared.rows import write_rows
 from inference.shared.run import RunFolder, make_folder

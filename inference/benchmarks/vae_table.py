@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -19,8 +18,7 @@ import numpy as np
 from inference.autoencoders.options import BOUNDED
 from inference.autoencoders.tight import load, paired
 from inference.benchmarks.rows import baseline, config_of
-from inference.shared.errors import UserError
-from inference.shared.rows import Row, write_rows
+from inference.shared.rows import Row, read_rows, write_rows
 from inference.shared.run import read_metrics
 
 __all__ = [
@@ -53,17 +51,8 @@ def read_steps(path: Path) -> dict[str, dict[str, float]]:
     """
     if not path.exists():
         return {}
-    try:
-        with path.open(newline="") as file:
-            return {
-                row["row"]: {name: float(row[name]) for name in STEP_COLUMNS[1:]}
-                for row in csv.DictReader(file)
-            }
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: expected rows of {', '.join(STEP_COLUMNS)}, found: {error!r}; delete it to "
-            "measure again"
-        ) from None
+    rows = read_rows(path, STEP_COLUMNS, key=1, remedy="delete it to measure again")
+    return {name: figures for (name,), figures in rows}
 
 
 def folder_name(row: str, seed: int | None = None) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from inference.shared.clock import Clock
 from inference.shared.errors import check_options, check_unread, positive, some_seeds
 
 __all__ = ["PRESETS", "Config", "Guide", "check"]
@@ -28,7 +29,7 @@ class Config:
     """The guide, or all three for the same time each."""
     budget_seconds: float = 60.0
     """Time of training of each guide. The schedules run over it, whatever the machine's speed."""
-    clock: Literal["wall", "cpu"] = "wall"
+    clock: Clock = "wall"
     """What the budget is measured in: wall-clock, or this process's CPU time, which on one thread
     is the wall-clock of an idle core."""
     steps: int = 1_000_000
@@ -84,13 +85,7 @@ class Config:
     score_depth: int = 4
     """Implicit guide: hidden layers of the score network."""
     score_delta: float = 0.1
-    """Implicit guide: scale of the noise by which the score is learned, in units of its input."""
-    score_whitening: Literal["pooled", "diagonal", "none"] = "none"
-    """Implicit guide: coordinates of the score network; "none" leaves the plane as it is."""
-    score_reference: bool = True
-    """Implicit guide: whether the score network learns the difference from the model's score."""
-    score_weight_decay: float = 0.0
-    """Implicit guide: weight decay of the score network."""
+    """Implicit guide: scale of the noise by which the score is learned, in units of the plane."""
 
     flow_learning_rate: float = 2e-3
     """Flow: step size of Adam."""
@@ -164,7 +159,6 @@ def check(config: Config) -> None:
         ),
         (config.num_score_updates >= 0, "num-score-updates", "no negative number"),
         (0 < config.score_delta <= 1, "score-delta", "a scale in (0, 1]"),
-        (config.score_weight_decay >= 0, "score-weight-decay", "no negative number"),
     )
     check_options(config, conditions)
     if config.guide != "all":

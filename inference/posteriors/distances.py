@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inference.shared.randomness import forked_rng
+
 __all__ = [
     "c2st",
     "kolmogorov_smirnov",
@@ -97,8 +99,7 @@ def c2st(first: Tensor, second: Tensor, *, seed: int = 0, num_steps: int = 300) 
     # Heavy tails would saturate the network.
     x, y = (draws.sign() * draws.abs().log1p() for draws in (x, y))
     hits = 0.0
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with forked_rng(seed):
         for train, test in (
             (slice(0, None, 2), slice(1, None, 2)),
             (slice(1, None, 2), slice(0, None, 2)),

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -30,6 +29,9 @@ from torch import Tensor
 
 from inference.shared import grid
 from inference.shared.errors import UserError
+from inference.shared.files import write_arrays
+from inference.shared.randomness import forked_rng
+from inference.shared.run import make_folder
 from models.energies import Energy
 from models.posteriors import Draws, Posterior
 from pyro_ardae.traces import run_many
@@ -119,8 +121,7 @@ def _make(posterior: Posterior, num_draws: int, warm_up: int, seed: int) -> Draw
             num_draws *= 2
         return draws
     total = _CHAINS * num_draws
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with forked_rng(seed):
         joint = UnconstrainedModel(posterior.model, *posterior.args)
         if posterior.reference == "ancestral":
             trace = run_many(posterior.model, posterior.args, total, joint.max_plate_nesting)
@@ -186,12 +187,6 @@ def _read(path: Path, settings: str) -> Draws | None:
 
 
 def _write(path: Path, draws: Draws, settings: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            arrays = {name: value.detach().numpy() for name, value in draws.items()}
-            np.savez_compressed(file, settings=np.asarray(settings), **arrays)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: expected a writable file, found: {error}") from None
+    make_folder(path.parent)
+    arrays = {name: value.detach().numpy() for name, value in draws.items()}
+    write_arrays(path, settings=np.asarray(settings), **arrays)

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from inference.shared.errors import UserError
-from inference.shared.rows import Row
+from inference.shared.rows import Row, read_rows
 
 __all__ = ["COLUMNS", "FLOOR", "MOMENTS", "Key", "read", "table"]
 
@@ -40,18 +38,7 @@ def read(path: Path, columns: Sequence[str]) -> dict[Any, Row]:
     :raises UserError: if it is no such file.
     """
     width = 4 if "coordinate" in columns else 3
-    rows: dict[Any, Row] = {}
-    try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file, strict=True):
-                key = row["posterior"], row["guide"], int(row["seed"]), row.get("coordinate")
-                values = {name: float(row[name] or "nan") for name in columns[width:]}
-                rows[key[:width]] = values
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(
-            f"{path}: expected rows of {', '.join(columns)}; found: {error!r}. Give another --out"
-        ) from None
-    return rows
+    return dict(read_rows(path, columns, key=width, remedy="give another --out"))
 
 
 def table(rows: Mapping[Key, Row], moments: Mapping[Any, Row], seconds: float, clock: str) -> str:

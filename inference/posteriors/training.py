@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
@@ -17,6 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from inference.posteriors.reference import flatten
+from inference.shared.clock import Clock
 from inference.shared.schedules import annealed, cosine_decay
 from models.posterior_guides import GUIDES
 from models.posteriors import POSTERIORS, Posterior
@@ -42,7 +43,7 @@ class Config:
     """Seeds of initialization and noise."""
     seconds: float = 30.0
     """Time of training of each guide. The schedules run over it, whatever the machine's speed."""
-    clock: Literal["wall", "cpu"] = "wall"
+    clock: Clock = "wall"
     """What the time is measured in: wall-clock, or this process's CPU time, which on one thread is
     the wall-clock of an idle core."""
     steps: int = 1_000_000

@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from inference.shared.errors import UserError
-from inference.shared.rows import write_csv
+from inference.shared.rows import Row, read_rows, write_csv
 
-__all__ = ["COLUMNS", "EXACT", "Key", "Row", "Rows", "final", "read", "table", "write"]
+__all__ = ["COLUMNS", "EXACT", "Key", "Rows", "final", "read", "table", "write"]
 
 COLUMNS = (
     *("estimator", "target", "seed", "updates", "cpu_seconds", "draws", "error"),
@@ -27,9 +26,6 @@ EXACT = "Gaussian, exact moments"
 Key = tuple[str, str, int]
 """Estimator, target, seed."""
 
-Row = dict[str, float]
-"""One evaluation: the columns after those of the key."""
-
 Rows = Mapping[Key, Sequence[Row]]
 """The evaluations of each run, in the order of time."""
 
@@ -39,17 +35,10 @@ def read(path: Path) -> dict[Key, list[Row]]:
 
     :raises UserError: if it is no such file.
     """
-    runs: dict[Key, list[Row]] = {}
-    try:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file, strict=True):
-                key = row["estimator"], row["target"], int(row["seed"])
-                runs.setdefault(key, []).append({name: float(row[name]) for name in COLUMNS[3:]})
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(
-            f"{path}: expected rows of {', '.join(COLUMNS)}; found: {error!r}. Give another --out"
-        ) from None
-    return runs
+    runs: dict[Key, list[Row]] = defaultdict(list)
+    for key, row in read_rows(path, COLUMNS, key=3, remedy="give another --out"):
+        runs[key].append(row)
+    return dict(runs)
 
 
 def write(path: Path, runs: Rows) -> None:

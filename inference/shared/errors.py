@@ -18,6 +18,7 @@ __all__ = [
     "check_options",
     "check_unread",
     "failed",
+    "needs",
     "one_seed",
     "positive",
     "some_seeds",
@@ -42,6 +43,21 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def needs(what: str, package: str, extra: str) -> Iterator[None]:
+    """Where a package is missing, says what needs it, and what to install.
+
+    :raises UserError: for a ModuleNotFoundError.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{what}: expected {package} to be installed, found: {error}; "
+            f'pip install "pyro-ardae[{extra}]"'
+        ) from None
 
 
 def check_options(options: Any, conditions: Iterable[tuple[bool, str, str]]) -> None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from inference.shared.errors import UserError
+from inference.shared.files import replacing
 
-__all__ = ["Row", "write_csv", "write_rows"]
+__all__ = ["Row", "read_rows", "write_csv", "write_rows"]
 
 Row = dict[str, float]
 """The columns after those of the key."""
@@ -25,15 +25,39 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 
     :raises UserError: if it cannot be written.
     """
-    partial = path.with_name(f".{path.name}")
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def read_rows(
+    path: Path, columns: Sequence[str], *, key: int, remedy: str
+) -> list[tuple[tuple[Any, ...], Row]]:
+    """Key and figures of each row, nan for empty cells.
+
+    :param columns: those that are read.
+    :param key: the first so many are the key; ``seed`` is a number in it.
+    :param remedy: what to do about a file that has not got them.
+    :raises UserError: if it is no such file.
+    """
+
+    def parsed(name: str, text: str) -> Any:
+        return int(text) if name == "seed" else text
+
     try:
-        with partial.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(rows)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: expected a writable file, found: {error}") from None
+        with path.open(newline="") as file:
+            return [
+                (
+                    tuple(parsed(name, row[name]) for name in columns[:key]),
+                    {name: float(row[name] or "nan") for name in columns[key:]},
+                )
+                for row in csv.DictReader(file, strict=True)
+            ]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path}: expected rows of {', '.join(columns)}, found: {error!r}; {remedy}"
+        ) from None
 
 
 def write_rows(path: Path, rows: Mapping[Any, Row], columns: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from inference.shared.errors import UserError
+from inference.shared.files import replacing
 from inference.shared.rows import write_csv
 
 __all__ = [
@@ -51,7 +52,7 @@ class RunFolder:
     """A run folder that exists.
 
     :param Path path: the folder.
-    :param Sequence[str] columns: columns of ``metrics.csv``, ``step`` first.
+    :param Sequence[str] columns: columns of ``metrics.csv``, ``step`` first; none for no such file.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -85,12 +86,11 @@ class RunFolder:
                 raise UserError(
                     f"{path}: expected a new run folder, found a run; give another --out{advice}"
                 )
-            for name in ("checkpoints", "figures"):
-                (path / name).mkdir(exist_ok=True)
+            (path / "figures").mkdir(exist_ok=True)
             folder.write_json("config.json", config)
             folder.write_json("versions.json", _versions())
-            with (path / "metrics.csv").open("w", newline="") as file:
-                csv.writer(file).writerow(columns)
+            if columns:
+                write_csv(path / "metrics.csv", columns, ())
             folder._note_command()
         except OSError as error:
             raise UserError(f"{path}: expected a writable folder, found: {error}") from None
@@ -180,9 +180,8 @@ class RunFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a JSON file atomically."""
-        partial = self.path / f".{name}"
-        partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
-        os.replace(partial, self.path / name)
+        with replacing(self.path / name) as partial:
+            partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; empty where there is none yet."""
@@ -232,9 +231,10 @@ class RunFolder:
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         """Writes a checkpoint atomically."""
-        partial = self.checkpoint(f".{name}")
-        torch.save(dict(state), partial)
-        os.replace(partial, self.checkpoint(name))
+        path = self.checkpoint(name)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as partial:
+            torch.save(dict(state), partial)
 
     def load(self, name: str, device: str = "cpu") -> dict[str, Any]:
         """Reads a checkpoint: tensors and plain values only.

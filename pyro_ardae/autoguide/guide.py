@@ -81,7 +81,10 @@ class AutoImplicit(AutoGuide):
     :raises ValueError: for an argument out of range; at the first call, for discrete latents, a
         structure that varies, an empty plate, or a subsampled plate whose index the guide cannot
         see (pass ``create_plates`` or ``encoder``).
+    :raises TypeError: for a model that is no callable, and for ``local_plates`` that are a string.
     :raises NotImplementedError: at the first call, for sequential plates.
+    :raises RuntimeError: at the first call, for a model without latents, and for a guide that was
+        copied before.
 
     .. note:: Nothing but samples comes out: no density, and no bijection from a simple
         distribution, so ``NeuTraReparam`` cannot be used and :meth:`get_transform` raises.

@@ -63,7 +63,8 @@ def check_structure(
         an improper prior has no other run.
     :returns: names of the plates whose subsample the caller determines, and the number of batch
         dimensions that plates take, observed sites included.
-    :raises ValueError: for no latents, discrete ones, empty plates, or a structure that varies.
+    :raises ValueError: for discrete latents, empty plates, or a structure that varies.
+    :raises RuntimeError: for no latents.
     """
     expected, latents = {}, dict(prototype.iter_stochastic_nodes())
     for name, site in latents.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from pyro_ardae.score.energy import EnergyNetwork
 from pyro_ardae.score.modulated import mean_square
-from pyro_ardae.score.reference import Reference
 from pyro_ardae.score.residual import ResidualNetwork
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.whitened import WhitenedEstimator
@@ -58,8 +58,8 @@ class ARDAE(WhitenedEstimator):
     :param parametrization: ``"residual"`` (the field is the network's output) or ``"energy"``
         (minus the gradient of a scalar network, which also gives :meth:`log_prob`, at the price of
         a second backward pass).
-    :param hidden_dim: width of the network.
-    :param depth: hidden layers of the network.
+    :param hidden_dim: width of the network, >= 1.
+    :param depth: hidden layers of the network, >= 1.
     :param whitening: see :class:`~pyro_ardae.score.whitening.Whitening`.
     :param delta: largest :math:`\sigma`, in standard deviations of q (with ``whitening="none"``,
         in units of z), in (0, 1].
@@ -76,9 +76,10 @@ class ARDAE(WhitenedEstimator):
     :param min_age: steps to which the memory of a moving q may shrink, >= 1.
     :param max_age: steps to which that of a fixed one may grow, >= ``min_age``.
     :param reference: score of a density near q, ``[..., dim]`` to ``[..., dim]``, e.g. that of the
-        model whose posterior q approaches: the network learns the difference, see
-        :class:`~pyro_ardae.score.reference.Reference`. With ``whitening="none"`` and the residual
-        parametrization only.
+        model whose posterior q approaches: the network learns the difference, which vanishes as q
+        gets there, and its error with it. A small error relative to a steep score itself can hide
+        for how much mass lies where. With ``whitening="none"`` and the residual parametrization
+        only.
     :param ratio_weight: weight, >= 0, of a second loss in the energy parametrization: to tell draws
         of q from as many of the base by minus the energy. The denoising loss sees slopes alone, so
         hardly how mass is shared between separate modes; this one sees values, and normalizes.
@@ -116,8 +117,6 @@ class ARDAE(WhitenedEstimator):
         quasi_random: bool = False,
     ) -> None:
         self._in_range("delta", delta, 0.0 < delta <= 1.0, "in (0, 1]")
-        self._in_range("hidden_dim", hidden_dim, hidden_dim >= 1, ">= 1")
-        self._in_range("depth", depth, depth >= 1, ">= 1")
         if parametrization not in ("residual", "energy"):
             raise ValueError(
                 f"ARDAE: expected parametrization 'residual' or 'energy', got {parametrization!r}."
@@ -128,7 +127,7 @@ class ARDAE(WhitenedEstimator):
                 f"got {whitening!r} and {parametrization!r}."
             )
         self._in_range("ratio_weight", ratio_weight, ratio_weight >= 0, ">= 0")
-        if ratio_weight > 0 and (parametrization != "energy" or reference is not None):
+        if ratio_weight > 0 and parametrization != "energy":
             raise ValueError(
                 "ARDAE: expected parametrization='energy' with a ratio_weight, got "
                 f"{parametrization!r}."
@@ -140,11 +139,12 @@ class ARDAE(WhitenedEstimator):
             num_normalizer_samples >= least,
             f">= {least}",
         )
-        kind = EnergyNetwork if parametrization == "energy" else ResidualNetwork
         super().__init__(
             dim,
             context_dim,
-            kind(dim, self.feature_dim(dim, context_dim, whitening), hidden_dim, depth),
+            EnergyNetwork if parametrization == "energy" else ResidualNetwork,
+            hidden_dim=hidden_dim,
+            depth=depth,
             num_folds=num_folds,
             num_steps=num_steps,
             whitening=whitening,
@@ -155,14 +155,18 @@ class ARDAE(WhitenedEstimator):
             min_age=min_age,
             max_age=max_age,
         )
-        self.reference = None if reference is None else Reference(reference)
+        # A partial: a module would become a part of this one, and of its state.
+        self.reference = None if reference is None else partial(reference)
         self.parametrization, self.delta = parametrization, delta
         self.ratio_weight = ratio_weight
         self.num_normalizer_samples, self.quasi_random = num_normalizer_samples, quasi_random
 
-    def _noised(
-        self, w: Tensor, base: Student | Reference
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _base_score(self, base: Student, w: Tensor, square_sigma: Tensor | float) -> Tensor:
+        if self.reference is None:
+            return base.score(w, square_sigma)
+        return self.reference(w).clone()  # the network sees sigma and corrects it
+
+    def _noised(self, w: Tensor, base: Student) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Antithetic pairs about w, their sigma, what is left for the network to cancel, and the
         noise's part of it.
         """
@@ -171,14 +175,12 @@ class ARDAE(WhitenedEstimator):
         u, sigma = torch.cat([u, -u]), torch.cat([sigma, sigma])
         noise = u / sigma
         x = u.mul_(sigma).unflatten(0, (2, -1)).add_(w).flatten(0, 1)
-        return x, sigma, base.score(x, sigma.square()).add_(noise), noise
+        return x, sigma, self._base_score(base, x, sigma.square()).add_(noise), noise
 
-    def _loss(
-        self, w: Tensor, features: Tensor, base: Student | Reference
-    ) -> tuple[Tensor, Tensor]:
+    def _loss(self, w: Tensor, features: Tensor, base: Student) -> tuple[Tensor, Tensor]:
         """Denoising loss over sigma squared, less the noise's own square."""
         x, sigma, target, noise = self._noised(w, base)
-        if self.ratio_weight and isinstance(base, Student):
+        if self.ratio_weight:
             assert isinstance(self.network, EnergyNetwork)
             contrast = w, base.sample(w.shape, w), self.ratio_weight
             loss, gradient = self.network.loss(
@@ -188,11 +190,27 @@ class ARDAE(WhitenedEstimator):
             loss, gradient = self.network.loss(self.weights, x, sigma, features, target)
         return loss - mean_square(noise), gradient
 
-    def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:
+    def _advantage(self, w: Tensor, features: Tensor, base: Student) -> Tensor:
         x, sigma, target, _ = self._noised(w, base)
         slow, fast = (self.network.field(a, x, sigma, features) for a in self.averages)
         # The difference of the squares of target + field.
         return ((slow - fast) * (2 * target + slow + fast)).mean()
+
+    @torch.no_grad()
+    def smoothed(
+        self,
+        value: Float[Tensor, "N *batch dim"],
+        samples: Float[Tensor, "S *batch dim"],
+        context: Float[Tensor, "*batch C"] | None = None,
+        *,
+        sigma: float,
+        center: Float[Tensor, "*batch dim"] | None = None,
+    ) -> Float[Tensor, "N *batch dim"]:
+        """The score of q with noise of covariance ``sigma ** 2`` times its own, as :meth:`forward`.
+
+        :param sigma: in [0, ``delta``]; no other has been learned from.
+        """
+        return self._score(value, samples, context, center, sigma=sigma)
 
     @torch.no_grad()
     def log_prob(

@@ -30,8 +30,8 @@ class DAE(TrainedEstimator):
     :param sigma: noise level, > 0, in units of the mean standard deviation of the draws.
     :param sigma_start: if given, the level falls geometrically from here to ``sigma``.
     :param anneal_updates: updates over which it falls, >= 1.
-    :param hidden_dim: width of the network.
-    :param depth: hidden layers of the network.
+    :param hidden_dim: width of the network, >= 1.
+    :param depth: hidden layers of the network, >= 1.
     :param learning_rate: Adam's step size.
     :raises ValueError: for a parameter out of range.
 
@@ -54,6 +54,7 @@ class DAE(TrainedEstimator):
         learning_rate: float = 1e-3,
     ) -> None:
         super().__init__(dim, context_dim)
+        self._check_network(hidden_dim, depth)
         if sigma <= 0 or (sigma_start is not None and sigma_start < sigma) or anneal_updates < 1:
             raise ValueError(
                 "DAE: expected 0 < sigma <= sigma_start and anneal_updates >= 1, got "

@@ -29,8 +29,8 @@ class PaperARDAE(TrainedEstimator):
     :param parametrization: ``"energy"`` (the score is minus the gradient of a scalar) or
         ``"residual"``.
     :param input_scale: b, > 0.
-    :param hidden_dim: width of the network.
-    :param depth: hidden layers of the network.
+    :param hidden_dim: width of the network, >= 1.
+    :param depth: hidden layers of the network, >= 1.
     :param delta: relative noise scale, > 0.
     :param learning_rate: RMSprop's step size.
     :param momentum: RMSprop's momentum.
@@ -56,6 +56,7 @@ class PaperARDAE(TrainedEstimator):
         momentum: float = 0.5,
     ) -> None:
         super().__init__(dim, context_dim)
+        self._check_network(hidden_dim, depth)
         if parametrization not in ("energy", "residual"):
             raise ValueError(
                 "PaperARDAE: expected parametrization 'energy' or 'residual', got "

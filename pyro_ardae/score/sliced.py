@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_ardae.score.reference import Reference
 from pyro_ardae.score.residual import ResidualNetwork
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.whitened import WhitenedEstimator
@@ -84,8 +83,6 @@ class SlicedScore(WhitenedEstimator):
         min_age: int = 100,
         max_age: int = 8000,
     ) -> None:
-        self._in_range("hidden_dim", hidden_dim, hidden_dim >= 1, ">= 1")
-        self._in_range("depth", depth, depth >= 1, ">= 1")
         if projection not in ("rademacher", "gaussian"):
             raise ValueError(
                 f"SlicedScore: expected projection 'rademacher' or 'gaussian', got {projection!r}."
@@ -93,7 +90,9 @@ class SlicedScore(WhitenedEstimator):
         super().__init__(
             dim,
             context_dim,
-            ResidualNetwork(dim, self.feature_dim(dim, context_dim, whitening), hidden_dim, depth),
+            ResidualNetwork,
+            hidden_dim=hidden_dim,
+            depth=depth,
             num_folds=num_folds,
             num_steps=num_steps,
             whitening=whitening,
@@ -106,16 +105,14 @@ class SlicedScore(WhitenedEstimator):
         )
         self.projection = projection
 
-    def _loss(
-        self, w: Tensor, features: Tensor, base: Student | Reference
-    ) -> tuple[Tensor, Tensor]:
+    def _loss(self, w: Tensor, features: Tensor, base: Student) -> tuple[Tensor, Tensor]:
         weights = self.weights.detach().requires_grad_()
         with torch.enable_grad():
             loss = self._objective(weights, w, features, base, self._direction(w))
             (gradient,) = torch.autograd.grad(loss, weights)
         return loss.detach(), gradient
 
-    def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:
+    def _advantage(self, w: Tensor, features: Tensor, base: Student) -> Tensor:
         v = self._direction(w)
         slow, fast = (self._objective(x, w, features, base, v) for x in self.averages)
         return (slow - fast).detach()
@@ -126,12 +123,7 @@ class SlicedScore(WhitenedEstimator):
 
     @torch.enable_grad()
     def _objective(
-        self,
-        weights: Tensor,
-        w: Tensor,
-        features: Tensor,
-        base: Student | Reference,
-        v: Tensor,
+        self, weights: Tensor, w: Tensor, features: Tensor, base: Student, v: Tensor
     ) -> Tensor:
         """Mean over draws and dimensions; for the exact score of a Gaussian, -1/2.
 

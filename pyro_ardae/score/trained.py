@@ -27,6 +27,10 @@ class TrainedEstimator(ScoreEstimator):
         self.updates = 0
         self._optimizer: torch.optim.Optimizer | None = None
 
+    def _check_network(self, hidden_dim: int, depth: int) -> None:
+        self._in_range("hidden_dim", hidden_dim, hidden_dim >= 1, ">= 1")
+        self._in_range("depth", depth, depth >= 1, ">= 1")
+
     @abstractmethod
     def _build_optimizer(self) -> torch.optim.Optimizer: ...
 

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pyro_ardae.score.energy import EnergyNetwork
-from pyro_ardae.score.reference import Reference
 from pyro_ardae.score.residual import ResidualNetwork
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.trained import TrainedEstimator
@@ -50,7 +49,9 @@ class WhitenedEstimator(TrainedEstimator):
       and shrinks while the shorter one does. The step size falls with the root of the age. So a
       fixed q is averaged over ever more steps, and a moving one is followed.
 
-    :param network: the network; its features are means, log scales and context.
+    :param network: kind of the network; its features are means, log scales and context.
+    :param hidden_dim: width of the network, >= 1.
+    :param depth: hidden layers of the network, >= 1.
     :param num_folds: see :class:`~pyro_ardae.score.ardae.ARDAE`, also for what follows.
     :param num_steps: optimizer steps of an update.
     :param whitening: mode.
@@ -73,8 +74,10 @@ class WhitenedEstimator(TrainedEstimator):
         self,
         dim: int,
         context_dim: int,
-        network: ResidualNetwork | EnergyNetwork,
+        network: type[ResidualNetwork] | type[EnergyNetwork],
         *,
+        hidden_dim: int,
+        depth: int,
         num_folds: int | None,
         num_steps: int | None,
         whitening: Mode,
@@ -86,6 +89,7 @@ class WhitenedEstimator(TrainedEstimator):
         max_age: int,
     ) -> None:
         super().__init__(dim, context_dim)
+        self._check_network(hidden_dim, depth)
         # Pooled moments are those of earlier draws: no fold has to be held out for them.
         least = 2 if per_context(context_dim, whitening) else 1
         if num_folds is not None:
@@ -104,20 +108,15 @@ class WhitenedEstimator(TrainedEstimator):
         self.steps = 0
         self.age = 0.0
         self.slow_wins = True
-        self.reference: Reference | None = None
         self.whitening = Whitening(dim, context_dim, mode=whitening)
-        self.network = network
-        self.weights = torch.nn.Parameter(network.initial(), requires_grad=False)
+        feature_dim = context_dim + (2 * dim if self.whitening.per_context else 0)
+        self.network = network(dim, feature_dim, hidden_dim, depth)
+        self.weights = torch.nn.Parameter(self.network.initial(), requires_grad=False)
         self.register_buffer("averages", self.weights.detach().repeat(2, 1))
         self.register_buffer("advantage", torch.zeros(()))
         self.register_buffer("gradient_norm", torch.zeros(()))
-        self.register_buffer("feature_mean", torch.zeros(network.feature_dim))
-        self.register_buffer("feature_square", torch.ones(network.feature_dim))
-
-    @staticmethod
-    def feature_dim(dim: int, context_dim: int, whitening: Mode) -> int:
-        """Width of what the network is told of the frame and the context."""
-        return context_dim + (2 * dim if per_context(context_dim, whitening) else 0)
+        self.register_buffer("feature_mean", torch.zeros(feature_dim))
+        self.register_buffer("feature_square", torch.ones(feature_dim))
 
     @property
     def needs_center(self) -> bool:  # type: ignore[override]
@@ -130,13 +129,11 @@ class WhitenedEstimator(TrainedEstimator):
         return self.whitening.per_context
 
     @abstractmethod
-    def _loss(
-        self, w: Tensor, features: Tensor, base: Student | Reference
-    ) -> tuple[Tensor, Tensor]:
+    def _loss(self, w: Tensor, features: Tensor, base: Student) -> tuple[Tensor, Tensor]:
         """Loss of ``w [n, B, D]`` with ``features [B, K]``, and its gradient by the weights."""
 
     @abstractmethod
-    def _advantage(self, w: Tensor, features: Tensor, base: Student | Reference) -> Tensor:
+    def _advantage(self, w: Tensor, features: Tensor, base: Student) -> Tensor:
         """Loss of the longer average minus that of the shorter one, on the same noise."""
 
     @property
@@ -178,7 +175,7 @@ class WhitenedEstimator(TrainedEstimator):
         frame = self.whitening.held_out(folds, context)
         w = frame.whiten(folds)[:num_steps]
         features = self._features(frame, context, fit=True)[:num_steps]
-        base = self.reference or frame.base
+        base = frame.base
         self._grow_older(w[0], features[0], base, num_steps)
         rate = self.learning_rate * (1 + self.age / _RATE_AGE) ** -0.5
         total = z.new_zeros(())
@@ -203,9 +200,7 @@ class WhitenedEstimator(TrainedEstimator):
         least, most = _FOLDS
         return max(1, min(max(count * rows // _FOLD, least), most, count))
 
-    def _grow_older(
-        self, w: Tensor, features: Tensor, base: Student | Reference, num_steps: int
-    ) -> None:
+    def _grow_older(self, w: Tensor, features: Tensor, base: Student, num_steps: int) -> None:
         if self.updates % _CHECK_EVERY == _CHECK_EVERY - 1:
             advantage = self._advantage(w, features, base)
             advantage = torch.where(advantage.isfinite(), advantage, self.advantage)
@@ -264,27 +259,25 @@ class WhitenedEstimator(TrainedEstimator):
         center: Float[Tensor, "*batch dim"] | None = None,
     ) -> Float[Tensor, "N *batch dim"]:
         """The score at ``value``: the averaged network at sigma = 0."""
-        return self.smoothed(value, samples, context, sigma=0.0, center=center)
+        return self._score(value, samples, context, center, sigma=0.0)
 
-    @torch.no_grad()
-    def smoothed(
+    def _score(
         self,
-        value: Float[Tensor, "N *batch dim"],
-        samples: Float[Tensor, "S *batch dim"],
-        context: Float[Tensor, "*batch C"] | None = None,
+        value: Tensor,
+        samples: Tensor,
+        context: Tensor | None,
+        center: Tensor | None,
         *,
         sigma: float,
-        center: Float[Tensor, "*batch dim"] | None = None,
-    ) -> Float[Tensor, "N *batch dim"]:
-        """The score of q with noise of covariance ``sigma ** 2`` times its own, as :meth:`forward`.
-
-        :param sigma: >= 0, within what the network has learned (``delta`` for ARDAE).
-        """
+    ) -> Tensor:
         frame, w, features = self._query(value, samples, context, center)
         level = w.new_full((*w.shape[:-1], 1), sigma)
         r = self.network.field(self.averaged, w, level, features)
-        base = self.reference or frame.base
-        return frame.pull_back(r + base.score(w, sigma**2)).reshape(value.shape)
+        return frame.pull_back(r + self._base_score(frame.base, w, sigma**2)).reshape(value.shape)
+
+    def _base_score(self, base: Student, w: Tensor, square_sigma: Tensor | float) -> Tensor:
+        """What the network's field is added to; the caller may change it in place."""
+        return base.score(w, square_sigma)
 
     def _less(self, z: Tensor, center: Tensor | None) -> Tensor:
         """``z [n, B, D]`` less the center, if it matters."""

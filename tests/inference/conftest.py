@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import os
 import struct
@@ -13,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyro
 import pytest
-import torch
 
 from inference.autoencoders.data import CACHE_NAME, make_sample
 
@@ -28,23 +28,10 @@ TINY = (
 Program = Callable[..., None]
 
 
-def assert_equal(one: object, other: object, path: str = "state") -> None:
-    """That two states of a program are the same, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        assert isinstance(other, torch.Tensor), path
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert isinstance(other, dict), path
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_equal(one[key], other[key], f"{path}[{key!r}]")
-    elif isinstance(one, list | tuple):
-        assert isinstance(other, list | tuple), path
-        assert len(one) == len(other), path
-        for index, (left, right) in enumerate(zip(one, other, strict=True)):
-            assert_equal(left, right, f"{path}[{index}]")
-    else:
-        assert one == other, path
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table, by column."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture

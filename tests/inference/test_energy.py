@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from inference.energies.presets import PRESETS, Config, Guide
 from inference.energy import Training, evaluate
 from inference.shared import grid
 from models.energies import ENERGIES, Energy, log_normalizer
-from tests.inference.conftest import Program
+from tests.inference.conftest import Program, read_csv
 
 #: Options that make a run tiny.
 FEW = ("--steps", 2, "--draws", 1000)
@@ -38,8 +37,7 @@ def test_two_steps_of_each_guide(
     out = tmp_path / "out"
     program("energy", "u3", *TINY, "--seeds", 0, 1, "--out", out)
     shown = capsys.readouterr().out
-    with (out / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / "results.csv")
     assert [(row["guide"], row["seed"]) for row in rows] == [
         (guide, seed) for seed in "01" for guide in ("implicit", "flow", "gaussian")
     ]

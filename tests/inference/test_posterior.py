@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import math
 from collections.abc import Callable
@@ -23,15 +22,10 @@ from inference.posteriors.training import MAX_SKIPPED, Config, Training
 from inference.shared.errors import UserError
 from models.posterior_guides import GUIDES
 from models.posteriors import POSTERIORS, Posterior
-from tests.inference.conftest import Program
+from tests.inference.conftest import Program, read_csv
 
 #: Options that make a run tiny.
 TINY = ("--steps", 3, "--draws", 200, "--reference-draws", 60, "--reference-warm-up", 30)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_help(help_of: Callable[[str], str]) -> None:
@@ -46,7 +40,7 @@ def test_a_tiny_run_and_going_on_with_it(
         pytest.skip("zuko is not installed")  # importing it here would turn validation off
     out = tmp_path / "out"
     program("posterior", *TINY, "--posteriors", "two-moons", "--seeds", 0, "--out", out)
-    found = rows(out / "results.csv")
+    found = read_csv(out / "results.csv")
     assert tuple(found[0]) == COLUMNS
     assert [row["guide"] for row in found] == [FLOOR, *GUIDES]
     for row in found[1:]:
@@ -57,6 +51,7 @@ def test_a_tiny_run_and_going_on_with_it(
         draws = np.load(out / "draws" / f"two-moons-{row['guide']}-0.npz")["draws"]
         assert draws.shape == (200, 2)
     assert (out / "figures" / "two-moons.png").stat().st_size > 10_000
+    assert not (out / "metrics.csv").exists()  # its rows are the results
     shown = capsys.readouterr().out
     assert "reference of two-moons: grid, 4 x 60 draws" in shown
     assert (out / "table.md").read_text() in shown
@@ -65,12 +60,12 @@ def test_a_tiny_run_and_going_on_with_it(
         torch.from_numpy(draws).double(), against.draws.flatten(0, 1)
     )
     assert float(row["mean_error_worst"]) == pytest.approx(float(error.abs().max()), rel=1e-4)
-    found_moments = rows(out / "moments.csv")
+    found_moments = read_csv(out / "moments.csv")
     assert [row["coordinate"] for row in found_moments] == ["z[0]", "z[1]"] * len(GUIDES)
 
     one = ("--guides", "normal", "--no-figures", "--out", out)
     program("posterior", *TINY, "--posteriors", "two-moons", "banana", "--seeds", 0, *one)
-    again = rows(out / "results.csv")
+    again = read_csv(out / "results.csv")
     assert again[: len(found)] == found
     assert [(row["posterior"], row["guide"]) for row in again[len(found) :]] == [
         ("banana", FLOOR),

@@ -23,7 +23,8 @@ import torch
 from inference.autoencoders.presets import PRESETS
 from inference.autoencoders.training import Training
 from inference.shared.precision import full_precision
-from tests.inference.conftest import ROOT, TINY, Program, assert_equal
+from tests.conftest import assert_equal
+from tests.inference.conftest import ROOT, TINY, Program, read_csv
 
 
 @pytest.mark.parametrize("name", ["vae", "evaluate", "demo", "bench"])
@@ -57,8 +58,7 @@ def test_two_steps_and_evaluation_again(
         *("checkpoints/latest.pt", "checkpoints/best.pt", "figures/model.png"),
     }
     assert any(name.startswith("tensorboard/events") for name in files)
-    with (run / "metrics.csv").open() as file:
-        (row,) = csv.DictReader(file)
+    (row,) = read_csv(run / "metrics.csv")
     assert row["step"] == "2"
     assert float(row["valid_log_px"]) < 0
     assert (row["stein"] != "") == preset.endswith(("implicit", "avb"))
@@ -271,8 +271,7 @@ def test_a_guide_for_missing_pixels_under_the_decoder_of_another_run(
     program("vae", "sbmnist-mlp-2d-implicit", *options, "--steps", 4, "--resume", run)
     assert_equal(weights(run), held)
     program("vae_plots", run, "--out", tmp_path, "--images", 2, "--draws", 1000)
-    with (tmp_path / "posteriors.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "posteriors.csv")
     assert len(rows) == 2
     assert all(math.isfinite(float(row["log_px"])) for row in rows)
 

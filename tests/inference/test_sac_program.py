@@ -26,7 +26,8 @@ from inference.sac import Training
 from inference.sac_plots import learning_curves, multi_goal_paths
 from inference.shared.errors import UserError
 from inference.shared.randomness import seed_of
-from tests.inference.conftest import ROOT, Program, assert_equal
+from tests.conftest import assert_equal
+from tests.inference.conftest import ROOT, Program, read_csv
 
 #: Options that make a run tiny.
 SMALL = (
@@ -34,11 +35,6 @@ SMALL = (
     *("--eval-episodes", 2, "--buffer-size", 200),
 )
 AGENTS = ("sac", "sac-nf", "sac-ardae")
-
-
-def read(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("name", ["sac", "bandit", "sac_plots"])
@@ -76,7 +72,7 @@ def test_run(
         *("config.json", "command.txt", "versions.json", "metrics.csv", "results.json"),
         *("checkpoints/latest.pt", "figures/run.png", "figures/trajectories.png"),
     }
-    first, last = read(run)
+    first, last = read_csv(run / "metrics.csv")
     assert (first["step"], last["step"]) == ("8", "16")
     # Ten random transitions, then one update for each.
     assert last["updates"] == "6"
@@ -102,7 +98,7 @@ def test_presets_for_two_updates(
     monkeypatch.setattr("inference.sac_plots.draw_run", lambda *arguments: [])
     options = ("--steps", 4, "--learning-starts", 2, "--batch-size", 4, "--buffer-size", 100)
     program("sac", preset, *options, "--out", tmp_path / "run")
-    (row,) = read(tmp_path / "run")
+    (row,) = read_csv(tmp_path / "run" / "metrics.csv")
     assert row["updates"] == "2"
 
 
@@ -138,7 +134,7 @@ def test_resume_after_sigkill_bit_for_bit(
     assert states[0]["agent"]["updates"] > 20
     assert_equal(*states)
     # What was noted before the kill is in the row that comes after it.
-    rows = [read(run)[-1] for run in (killed, whole)]
+    rows = [read_csv(run / "metrics.csv")[-1] for run in (killed, whole)]
     for row in rows:
         del row["seconds"], row["steps_per_second"]
     assert rows[0] == rows[1]
@@ -147,8 +143,7 @@ def test_resume_after_sigkill_bit_for_bit(
 def test_bandit(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--seeds", 0, "--updates", 3, "--draws", 1000, "--out", tmp_path)
     program("bandit", *options, "--bandits", "1d", "2d", "6d", "--config.batch-size", 32)
-    with (tmp_path / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "results.csv")
     assert len(rows) == 3 * 2 * 4
     assert all(float(row["kl"]) > 0 for row in rows)
     for row in rows:
@@ -316,8 +311,7 @@ def test_bench_learn_resumes(
     monkeypatch.setattr("inference.benchmarks.learn.PRESETS", presets)
     options = ("--tasks", "multigoal", "--steps", 8, "--eval-every", 4, "--out", tmp_path)
     program("bench", "learn", *options, "--seeds", 0)
-    with (tmp_path / "learning.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "learning.csv")
     agents = ["sac", "sac-ardae", "sb3"]
     assert [(row["agent"], row["step"]) for row in rows] == [
         (agent, step) for agent in agents for step in ("4", "8")

@@ -17,7 +17,8 @@ from inference.agents.presets import PRESETS
 from inference.agents.rollout import Episode
 from inference.sac import Training
 from inference.shared.errors import UserError
-from tests.inference.conftest import Program, assert_equal
+from tests.conftest import assert_equal
+from tests.inference.conftest import Program
 
 #: Options that make a run tiny.
 SMALL: dict[str, Any] = {

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Callable
@@ -22,17 +21,12 @@ from inference.scores.table import COLUMNS, Key, Row, table, write
 from inference.scores.table import read as read_runs
 from models.targets import TARGETS
 from pyro_ardae.score import ARDAE
-from tests.inference.conftest import Program
+from tests.inference.conftest import Program, read_csv
 
 SMALL = (
     *("--num-contexts", 4, "--num-samples", 8, "--eval-contexts", 4, "--eval-samples", 4),
     *("--draws", 8, 16),
 )
-
-
-def read(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_help(help_of: Callable[[str], str]) -> None:
@@ -47,7 +41,7 @@ def test_run_then_go_on(
     options = ("--seconds", 0.2, *SMALL, "--no-figures", "--out", run)
     targets = ("--targets", "mixture2", "moving8")
     program("score", "--estimators", "ardae", *targets, "--seeds", 0, *options)
-    rows = read(run)
+    rows = read_csv(run / "metrics.csv")
     assert tuple(rows[0]) == COLUMNS
     assert len(rows) == 2 * 2 * len(MOMENTS)  # two targets, two numbers of draws
     for row in rows:
@@ -65,7 +59,7 @@ def test_run_then_go_on(
     program("score", "--estimators", "ardae", "kde", *targets, "--seeds", 0, *options)
     shown = capsys.readouterr().out
     assert "2 of 4 runs are there already" in shown
-    again = read(run)
+    again = read_csv(run / "metrics.csv")
     assert again[: len(rows)] == rows
     assert [(row["estimator"], row["updates"]) for row in again[len(rows) :]] == [("kde", "0")] * 4
     text = (run / "table.md").read_text()

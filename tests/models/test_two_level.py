@@ -216,3 +216,8 @@ def test_fantasies_teach_the_guide_alone(float64: None, kind: str) -> None:
     (-of_data.log_prob_sum()).backward()
     expected |= {f"decoder.{name}": p.grad for name, p in vae.decoder.named_parameters()}
     torch.testing.assert_close(found, expected)
+
+
+def test_reverse_guide_has_two_hidden_layers() -> None:
+    with pytest.raises(ValueError, match="at least two hidden layers, got"):
+        ReverseGuide(DATA, LATENT, auxiliary_dim=4, hidden_dims=(8,))

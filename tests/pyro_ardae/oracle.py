@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The exact score in place of an estimate, and noise to compare gradients by."""
+"""The exact score in place of an estimate, how far off one is, noise to compare gradients by."""
 
 from __future__ import annotations
 
@@ -48,3 +48,13 @@ class Oracle(ScoreEstimator):
         self, value: Tensor, samples: Tensor, context: Tensor | None = None, **_: Any
     ) -> Tensor:
         return self.score(value, context).detach()
+
+
+def relative_error(estimate: Tensor, score: Tensor) -> float:
+    """E |s' - s|^2 / E |s|^2."""
+    return float((estimate - score).square().sum() / score.square().sum())
+
+
+def relative_errors(estimate: Tensor, score: Tensor) -> Tensor:
+    """One for each context."""
+    return (estimate - score).square().sum((0, 2)) / score.square().sum((0, 2))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pyro_ardae import ARDAE, Implicit, TraceImplicit_ELBO
 from pyro_ardae.score import DAE, PaperARDAE, ScoreEstimator, SlicedScore
 from pyro_ardae.score.whitening import Mode
+from tests.conftest import assert_equal
 
 ROWS, DIM, WIDTH = 5, 2, 3
 FACTORIES: dict[str, Callable[[int, int], ScoreEstimator]] = {
@@ -74,26 +75,6 @@ def through_a_file(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def flatten(state: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(state, dict):
-        items = state.items()
-    elif isinstance(state, list | tuple):
-        items = enumerate(state)  # type: ignore[assignment]
-    else:
-        return {name: state}
-    return {k: v for key, entry in items for k, v in flatten(entry, f"{name}/{key}").items()}
-
-
-def assert_same(left: Any, right: Any) -> None:
-    left, right = flatten(left), flatten(right)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        if torch.is_tensor(value):
-            assert torch.equal(value, right[name]), name
-        else:
-            assert value == right[name], name
-
-
 def copy(state: Any) -> Any:
     return through_a_file(state)
 
@@ -133,7 +114,7 @@ def test_resumed_run_is_the_uninterrupted_one(factory: str, file: bool) -> None:
     svi_2 = SVI(model, guide_2, optim_2, loss=elbo_2)
     torch.set_rng_state(restored["rng"])
     assert [svi_2.step(X) for _ in range(4)] == losses
-    assert_same({"guide": guide_2.state_dict(), "elbo": elbo_2.state_dict()}, final)
+    assert_equal({"guide": guide_2.state_dict(), "elbo": elbo_2.state_dict()}, final)
 
 
 def test_resumed_run_that_guesses_its_plates() -> None:
@@ -188,7 +169,7 @@ def test_resuming_by_the_modules_of_a_guide_that_is_a_function() -> None:
     elbo.load_state_dict(state[2])
     torch.set_rng_state(state[3])
     assert [svi.step(X) for _ in range(2)] == losses
-    assert_same(head.state_dict(), final)
+    assert_equal(head.state_dict(), final)
 
 
 def test_reset_forgets_the_guessed_plates() -> None:
@@ -240,7 +221,7 @@ def test_resumed_module_is_the_uninterrupted_one(factory: str) -> None:
         optim_2.load_state_dict(saved["optim"])
         torch.set_rng_state(saved["rng"])
         assert [step(module_2, optim_2) for _ in range(4)] == losses
-        assert_same(module_2.state_dict(), copy(module.state_dict()))
+        assert_equal(module_2.state_dict(), copy(module.state_dict()))
 
 
 def test_state_is_kept_until_its_site_is_met() -> None:
@@ -250,7 +231,7 @@ def test_state_is_kept_until_its_site_is_met() -> None:
     fresh = TraceImplicit_ELBO(FACTORIES["ardae"])
     fresh.load_state_dict(state)
     assert fresh.estimators == {}
-    assert_same(fresh.state_dict(), state)
+    assert_equal(fresh.state_dict(), state)
     fresh.reset()
     assert fresh.state_dict() == {}
 
@@ -316,7 +297,7 @@ def test_evaluating_the_loss_does_not_train() -> None:
     elbo.loss(svi.model, svi.guide, X)
     with torch.no_grad():
         elbo.differentiable_loss(svi.model, svi.guide, X)
-    assert_same(elbo.state_dict(), before)
+    assert_equal(elbo.state_dict(), before)
 
 
 def test_differentiable_loss_trains() -> None:
@@ -365,7 +346,7 @@ def test_frozen_does_not_train() -> None:
         with elbo.frozen():
             svi.step(X)
         svi.step(X)
-    assert_same(elbo.state_dict(), before)
+    assert_equal(elbo.state_dict(), before)
     svi.step(X)
     assert elbo.estimators["z"].state_dict()["_extra_state"]["updates"] == 3
 
@@ -379,7 +360,7 @@ def test_module_trains_in_train_mode_with_gradients_alone() -> None:
         module(X)
     module.eval()
     module(X).backward()
-    assert_same(elbo.state_dict(), before)
+    assert_equal(elbo.state_dict(), before)
     module.train()
     module(X)
     assert elbo.estimators["z"].state_dict()["_extra_state"]["updates"] == 2

@@ -25,7 +25,7 @@ from models.actors import GaussianActor, log_tanh_slope
 from models.critics import TwinCritic
 from models.implicit_actor import Encoded, ImplicitActor
 from pyro_ardae.score import ARDAE, ScoreEstimator
-from tests.inference.conftest import assert_equal
+from tests.conftest import assert_equal
 
 SMALL = {"hidden_dims": (16,), "noise_hidden_dims": (16,), "noise_dim": 3, "batch_size": 8}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import Tensor
 
@@ -87,3 +88,9 @@ def test_training_finds_the_divergence_of_conditional_gaussians() -> None:
     exact = (0.5 * (loc.square() + scale.square() - 1) - scale.log()).sum(-1)
     # A finite network after 300 steps, by context: 15 % of what the divergences differ by.
     assert (log_ratio.mean(0) - exact).square().mean().sqrt() < 0.15 * exact.std()
+
+
+@pytest.mark.parametrize("option", ["hidden_dim", "depth"])
+def test_size_of_the_discriminator(option: str) -> None:
+    with pytest.raises(ValueError, match=f"AdversarialScore: expected {option} >= 1, got 0"):
+        AdversarialScore(2, **{option: 0})  # type: ignore[arg-type]

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -30,7 +29,8 @@ from inference.autoencoders.surrogate import surrogate_loss
 from inference.autoencoders.training import Training
 from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
-from tests.inference.conftest import TINY, Program, assert_equal
+from tests.conftest import assert_equal
+from tests.inference.conftest import TINY, Program, read_csv
 
 
 def tiny(preset: str, directory: Path, **changes: object) -> Config:
@@ -187,8 +187,7 @@ def test_training_on_validation_images_keeps_the_last_weights(
     run = tmp_path / "run"
     options = (*TINY, "--train-on-valid", "--steps", 4, "--valid-every", 2)
     program("vae", "sbmnist-mlp-gaussian", *options, "--data-dir", sample_dir, "--out", run)
-    with (run / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(run / "metrics.csv")
     assert [row["step"] for row in rows] == ["2", "4"]
     assert all(row["valid_log_px"] == "" and float(row["loss"]) > 0 for row in rows)
     assert json.loads((run / "results.json").read_text())["best_step"] == 4

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -24,7 +23,7 @@ from inference.shared.errors import UserError
 from inference.shared.run import RunFolder
 from models.guides import DeviatingGuide, GaussianGuide
 from models.vae import VAE
-from tests.inference.conftest import TINY, Program
+from tests.inference.conftest import TINY, Program, read_csv
 
 FAST = Tight(
     chains=4,
@@ -211,8 +210,7 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     capsys.readouterr()
     program("bench", "vae", "--rows", *rows, "--seeds", 0, *options)
     assert (out / f"{rows[0]}-seed0" / "results.json").stat().st_mtime_ns == first
-    with (out / "results.csv").open() as file:
-        gaussian, implicit, sivi = csv.DictReader(file)
+    gaussian, implicit, sivi = read_csv(out / "results.csv")
     assert [gaussian["row"], implicit["row"], sivi["row"]] == [*rows]
     assert RunFolder.read_config(out / "sbmnist-mlp-sivi-gain-0.5-seed0")["gain"] == 0.5
     # The last one's density is a bound, and its gap another.

@@ -11,6 +11,7 @@ import pytest
 
 from inference.benchmarks import sac as bench_sac
 from inference.benchmarks.sac import Sac
+from inference.shared import clock as clock_module
 
 AGENTS = ("sac", "sac-nf", "sac-ardae")
 
@@ -33,7 +34,7 @@ def test_times_are_medians_of_one_update(
         return lambda: now[name]
 
     fake = SimpleNamespace(perf_counter=read("wall"), process_time=read("cpu"))
-    monkeypatch.setattr(bench_sac, "time", fake)
+    monkeypatch.setattr(clock_module, "time", fake)
     monkeypatch.setattr(bench_sac, "_build_sb3", lambda options: job("sb3", 8.0))
     milliseconds = {"sac": 2.0, "sac-nf": 12.0, "sac-ardae": 4.0}
     monkeypatch.setattr(bench_sac, "_build", lambda name, options: job(name, milliseconds[name]))

@@ -8,21 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributions import Normal
 
 from pyro_ardae.score import ARDAE
 from pyro_ardae.score.energy import EnergyNetwork
 from pyro_ardae.score.residual import ResidualNetwork
 from pyro_ardae.score.student import Student
+from tests.pyro_ardae.oracle import relative_error
 
 KINDS = ["residual", "energy"]
 MODES = ["pooled", "full", "diagonal", "none"]
-
-
-def relative_error(estimate: Tensor, score: Tensor) -> float:
-    """E |s' - s|^2 / E |s|^2."""
-    return float((estimate - score).square().sum() / score.square().sum())
 
 
 # ---- the loss ------------------------------------------------------------------------------------

@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from pyro_ardae.score import DAE
+from pyro_ardae.score import DAE, PaperARDAE
+from tests.pyro_ardae.oracle import relative_error
 
 SCALE = torch.tensor([1.0, 0.6])
-
-
-def relative_error(estimate: Tensor, score: Tensor) -> float:
-    return float((estimate - score).square().sum() / score.square().sum())
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -75,3 +74,10 @@ def test_level_falls_geometrically() -> None:
     expected = torch.tensor([1.6, 0.8, 0.4, 0.2, 0.1, 0.1])
     torch.testing.assert_close(torch.tensor(levels), expected)
     assert DAE(1, sigma=0.3).level() == 0.3
+
+
+@pytest.mark.parametrize("make", [DAE, PaperARDAE])
+@pytest.mark.parametrize("option", ["hidden_dim", "depth"])
+def test_size_of_the_network(make: Any, option: str) -> None:
+    with pytest.raises(ValueError, match=f"{make.__name__}: expected {option} >= 1, got 0"):
+        make(2, **{option: 0})

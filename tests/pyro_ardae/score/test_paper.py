@@ -10,12 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_ardae.score import PaperARDAE
+from tests.pyro_ardae.oracle import relative_error
 
 SCALE = torch.tensor([1.0, 0.6])
-
-
-def relative_error(estimate: Tensor, score: Tensor) -> float:
-    return float((estimate - score).square().sum() / score.square().sum())
 
 
 @pytest.mark.parametrize("kind", ["energy", "residual"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_ardae.score import SpectralScore
+from tests.pyro_ardae.oracle import relative_errors
 
 
 class Reference:
@@ -75,11 +76,6 @@ def test_rounded_eigenvalues_are_left_out(dtype: torch.dtype) -> None:
         score = SpectralScore(2, **options)(value, z)
         # eps S^2 over the smallest eigenvalue kept, S eps, bounds what is left
         assert float(score.abs().max()) < 1 / torch.finfo(dtype).eps
-
-
-def relative_errors(estimate: Tensor, score: Tensor) -> Tensor:
-    """One for each context."""
-    return (estimate - score).square().sum((0, 2)) / score.square().sum((0, 2))
 
 
 @pytest.mark.parametrize(("dim", "bound"), [(1, 0.19), (2, 0.13), (5, 0.23)])

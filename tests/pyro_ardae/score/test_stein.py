@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_ardae.score import SteinScore
+from tests.pyro_ardae.oracle import relative_errors
 
 
 def k(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
@@ -47,11 +48,6 @@ def test_at_samples_of_a_batch(float64: None) -> None:
     assert together.shape == z.shape
     alone = SteinScore(4, 2).at_samples(z[:, 2, 1], c[2, 1])
     torch.testing.assert_close(together[:, 2, 1], alone, rtol=1e-10, atol=1e-10)
-
-
-def relative_errors(estimate: Tensor, score: Tensor) -> Tensor:
-    """One for each context."""
-    return (estimate - score).square().sum((0, 2)) / score.square().sum((0, 2))
 
 
 @pytest.mark.parametrize(("dim", "bound"), [(1, 0.18), (2, 0.11), (5, 0.12)])

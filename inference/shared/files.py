@@ -1,0 +1,40 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from inference.shared.errors import UserError
+
+__all__ = ["replacing", "write_arrays"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` once that is done.
+
+    :raises UserError: if it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: expected a writable file, found: {error}") from None
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Writes an npz file.
+
+    :raises UserError: if it cannot be written.
+    """
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)
