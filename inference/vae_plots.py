@@ -96,6 +96,10 @@ def log_px_curves(
     return axes
 
 
+#: Images that are shown with their reconstructions, in five rows.
+SHOWN = 50
+
+
 @torch.no_grad()
 def traversals(
     axes: Axes, vae: VAE, x: Tensor, *, title: str, columns: int = 11, rows: int = 10
@@ -120,12 +124,12 @@ def traversals(
 def model_figure(vae: VAE, x: Tensor, *, name: str) -> Figure:
     """Images with their reconstructions below them, samples of the model, latent traversals.
 
-    :param Tensor x: images, 50 at least.
+    :param Tensor x: images, ``SHOWN`` at least.
     """
     figure, axes = plots.subplots(1, 3, width=4.6, height=4.6)
-    shown = x[:50].reshape(5, 10, -1)
-    again = vae.decoder(vae.posterior(x[:50]).sample()).mean.reshape(5, 10, -1)
-    both = torch.stack([shown, again], 1).reshape(100, -1)
+    shown = x[:SHOWN].reshape(5, 10, -1)
+    again = vae.decoder(vae.posterior(x[:SHOWN]).sample()).mean.reshape(5, 10, -1)
+    both = torch.stack([shown, again], 1).reshape(2 * SHOWN, -1)
     plots.images(axes[0], both, title=f"{name}: images, reconstructions below")
     prior = vae.prior(x).sample(torch.Size((100,)))
     plots.images(axes[1], vae.decoder(prior).mean, title="samples of the model")
@@ -237,6 +241,8 @@ def draw(options: Options) -> list[Path]:
         if not config.train_on_valid:  # such a run has no validation figures
             metrics[label].append(found)
         x = build_data(config).subset("test", 500, options.seed).to(config.device)
+        if len(x) < SHOWN:
+            raise UserError(f"{run}: expected {SHOWN} test images at least, found {len(x)}")
         torch.manual_seed(options.seed)
         written.append(
             plots.save(model_figure(vae, x, name=config.preset), options.out / f"{run.name}.png")

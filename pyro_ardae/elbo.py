@@ -41,10 +41,13 @@ def _finite_gradients(trace: poutine.Trace) -> bool:
     return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
 
 
-def _draw(name: str, source: Implicit, count: int, *, center: bool) -> tuple[Tensor, Tensor | None]:
+def _draw(
+    name: str, source: Implicit, count: int, *, center: bool, checked: bool
+) -> tuple[Tensor, Tensor | None]:
     with poutine.block():
         samples, found = source.flat_draws(count, center=center)
-    if not torch.isfinite(samples.square().sum()):  # the estimators keep squares of them
+    # The estimators keep squares of them.
+    if checked and not torch.isfinite(samples.square().sum()):
         raise ValueError(
             f"implicit site '{name}': its sampler returned non-finite values, or some too "
             "large to be squared. The step was refused and no parameter changed. Lower the "
@@ -119,7 +122,7 @@ class _ImplicitELBO:
         self._pending: dict[str, dict[str, Any]] = {}
         self._guide: Any = None
         self._frozen = False
-        self._learning = False
+        self._learning, self._checked = False, True
         self._attached: list[Implicit] = []
         self._probed: set[str] = set()
         self._warned = False
@@ -258,12 +261,16 @@ class _ImplicitELBO:
     # ---- the score -------------------------------------------------------------------------------
 
     @contextmanager
-    def _learn(self) -> Iterator[None]:
-        before, self._learning = self._learning, True
+    def _learn(self, *, checked: bool = True) -> Iterator[None]:
+        """Learns within; where it is not ``checked``, draws are taken for finite, by which a GPU is
+        not waited for.
+        """
+        before = self._learning, self._checked
+        self._learning, self._checked = True, checked
         try:
             yield
         finally:
-            self._learning = before
+            self._learning, self._checked = before
 
     def _watch(self, guide: Any) -> None:
         if not self._learning:
@@ -294,10 +301,11 @@ class _ImplicitELBO:
         learns = learning and site.runs % self.score_interval == 0
         draws = learns or site.estimator.needs_samples
         count = self._num_draws(source.batch_shape.numel()) if draws else 0
-        samples, center = _draw(name, source, count, center=site.estimator.needs_center)
+        draw = partial(_draw, name, source, count, checked=self._checked)
+        samples, center = draw(center=site.estimator.needs_center)
         for update in range(self.num_score_updates if learns else 0):
             if update:
-                samples, _ = _draw(name, source, count, center=False)
+                samples, _ = draw(center=False)
             learned = self._some((samples, context, center), source.batch_shape)
             site.num_draws = count
             site.loss = site.estimator.update(*learned[:2], center=learned[2])

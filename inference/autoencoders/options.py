@@ -188,6 +188,11 @@ class Config:
     """Steps between checkpoints."""
 
     @property
+    def least_guide_samples(self) -> int:
+        """The fewest draws that a Gaussian can be fitted to, two for each latent."""
+        return 2 * self.latent_dim * (2 if self.architecture == "mlp2" else 1)
+
+    @property
     def fantasies(self) -> int:
         """Draws of the model in a minibatch; none where pixels are missing."""
         return int(self.fantasy_share * self.batch_size) if self.seen_share is None else 0

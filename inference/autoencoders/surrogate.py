@@ -27,14 +27,16 @@ def surrogate_loss(
 
     For a guide that is reparameterized throughout this is the value and the gradient of
     ``elbo.loss_and_grads``, which returns a Python float: on a GPU it waits for every
-    site of every step, this does not. Pyro's validation of the traces, which waits too, is off.
+    site of every step, this does not. Pyro's validation of the traces, which waits too, is off, and
+    so is the check of the draws. A score network reads a number back every few of its updates.
 
     :param Trace_ELBO elbo: the loss, with or without implicit sites.
     :param callable model: a Pyro model.
     :param callable guide: a guide of it without sites that need a score function.
     :param args: arguments of both.
     """
-    learning = elbo._learn() if isinstance(elbo, TraceImplicit_ELBO) else nullcontext()
+    implicit = isinstance(elbo, TraceImplicit_ELBO)
+    learning = elbo._learn(checked=False) if implicit else nullcontext()
     total: Any = 0.0
     with learning, pyro.validation_enabled(False):
         for model_trace, guide_trace in elbo._get_traces(model, guide, args, {}):

@@ -82,6 +82,8 @@ def check_tight(options: Tight) -> None:
     names += ("energy_updates", "bound_samples")
     not_negative = ("points_seed", "refinement_steps", "bound_mixing")
     conditions = positive(options, *names)
+    for name in ("points", "chains"):  # of fewer there is no error to report
+        conditions.append((getattr(options, name) >= 2, name, "2 at least"))
     for name in not_negative:
         conditions.append((getattr(options, name) >= 0, name.replace("_", "-"), "0 at least"))
     check_options(options, conditions)

@@ -38,6 +38,11 @@ class Training:
     """
 
     def __init__(self, config: Config, data: Dataset, *, name: str = "vae") -> None:
+        if len(data.minibatch(0)) < config.batch_size:
+            raise UserError(
+                f"--batch-size: expected the number of training data at most, "
+                f"{len(data.minibatch(0))}, found {config.batch_size}"
+            )
         self.config = config
         self.data = data
         self.vae = build_vae(config, data.mean, name=name)
@@ -63,12 +68,13 @@ class Training:
         """
         config = self.config
         recorded, trained = restore(run, data_dir=config.data_dir, device=config.device)
-        activations = [one.decoder_activation or one.activation for one in (recorded, config)]
-        if recorded.task != config.task or activations[0] != activations[1]:
-            raise UserError(
-                f"--decoder: expected a run of {config.task} with {activations[1]}, found one of "
-                f"{recorded.task} with {activations[0]}"
-            )
+        expected, found = (
+            f"{one.task}{'' if one.images == 'mnist' else ' of ' + one.images} with "
+            f"{one.decoder_activation or one.activation}"
+            for one in (config, recorded)
+        )
+        if found != expected:
+            raise UserError(f"--decoder: expected a run of {expected}, found one of {found}")
         for vae in (self.vae, self.average.module):
             vae.decoder.load_state_dict(trained.decoder.state_dict())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -69,9 +69,25 @@ def check_rows(rows: Sequence[str], *, set_here: Sequence[str]) -> None:
         check(config)
 
 
-def baseline(row: str) -> str:
-    """The row with the Gaussian guide of the same data and architecture."""
-    return f"{config_of(row).task}-gaussian"
+def baseline(row: str, rows: Iterable[str]) -> str | None:
+    """Of some rows, the one to compare another with: with the Gaussian guide and the same data and
+    networks. If there are several, with the same options too, or else the first.
+
+    :returns: ``None`` where there is none, or it is the row itself.
+    """
+
+    def compared(config: Config) -> tuple[object, ...]:
+        return config.task, config.images, config.seen_share
+
+    options = shlex.split(row)[1:]
+    found = [
+        other
+        for other in rows
+        if config_of(other).guide == "gaussian"
+        and compared(config_of(other)) == compared(config_of(row))
+    ]
+    found.sort(key=lambda other: shlex.split(other)[1:] != options)
+    return found[0] if found and found[0] != row else None
 
 
 class _Stopwatch:
@@ -201,7 +217,7 @@ def bench_rows(
     :raises UserError: for a row that is none, cannot run, or has one of these options itself.
     """
     options = {"batch_size": batch_size, "precision": precision, "device": device, "seed": seed}
-    check_rows(rows, set_here=tuple(options))
+    check_rows(rows, set_here=(*options, "schedule"))
     times = step_times(
         {name: dataclasses.replace(config_of(name), **options) for name in rows},
         lambda config: _Fixed(config.batch_size, config.device),
@@ -215,8 +231,9 @@ def bench_rows(
     for name, (total, score) in times.items():
         figures["rows"][name] = {"ms": total, "score_ms": score}
     for name, of_row in figures["rows"].items():
-        if baseline(name) in figures["rows"]:
-            of_row["ratio"] = of_row["ms"] / figures["rows"][baseline(name)]["ms"]
+        other = baseline(name, rows)
+        if other is not None:
+            of_row["ratio"] = of_row["ms"] / figures["rows"][other]["ms"]
     return {**figures, "steps": steps, "device": device, "torch": torch.__version__}
 
 

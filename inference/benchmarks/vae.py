@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +32,7 @@ import pyro
 import tyro
 
 from inference.autoencoders.evaluation import describe_tight, evaluate_tight, restore
-from inference.autoencoders.presets import Config, build_data
+from inference.autoencoders.presets import Config, build_data, check
 from inference.autoencoders.tight import Tight, check_tight
 from inference.benchmarks.rows import check_rows, config_of, step_times
 from inference.benchmarks.vae_table import (
@@ -43,7 +45,7 @@ from inference.benchmarks.vae_table import (
 )
 from inference.shared.clock import Clock
 from inference.shared.errors import UserError, check_device, check_options, positive, some_seeds
-from inference.shared.rows import write_rows
+from inference.shared.rows import Row, write_rows
 from inference.shared.run import RunFolder, make_folder
 from inference.vae import run
 
@@ -117,14 +119,15 @@ def bench_vae(options: Vae) -> Path:
     check_tight(options.tight)
     conditions = positive(options, "steps", "budget_seconds", "timed_steps")
     check_options(options, [*conditions, *some_seeds(options)])
+    for row in options.rows:
+        check(_config(row, options.seeds[0], options))
     make_folder(options.out)
     _settle(options)
     path = options.out / "steps.csv"
     steps = read_steps(path)
     missing = tuple(row for row in options.rows if row not in steps)
     if missing:
-        # All rows again: only figures of one process can be compared.
-        steps |= _step_times(options)
+        steps |= _at_pace(_step_times(options), steps)
         write_rows(path, {(row,): figures for row, figures in steps.items()}, STEP_COLUMNS)
     for row in options.rows:
         print("{}: {step_ms:.2f} ms a step, {score_ms:.2f} of it score".format(row, **steps[row]))
@@ -138,13 +141,36 @@ def bench_vae(options: Vae) -> Path:
             figures = evaluate_tight(path, config, vae, options.tight)
             print(f"{path.name}: " + describe_tight(config, options.tight, figures))
         # After each run, so that a stopped benchmark has its table too.
-        done = [one for one in runs if _evaluated(_folder(options, *one), options.tight)]
-        results = collect(options.out, done, steps)
+        results = collect(options.out, _done(options, steps), steps)
         write_results(options.out / "results.csv", results)
         text = table(options.out, results, budget=_budget(options))
         (options.out / "table.md").write_text(text)
     print(f"\n{text}")
     return options.out
+
+
+def _at_pace(measured: Mapping[str, Row], known: Mapping[str, Row]) -> dict[str, Row]:
+    """The times of the rows that are new, at the machine's pace of when the others were timed."""
+    again = [row for row in measured if row in known]
+    ratios = [known[row]["step_ms"] / measured[row]["step_ms"] for row in again]
+    pace = statistics.fmean(ratios) if ratios else 1.0
+    return {
+        row: {name: pace * value for name, value in figures.items()}
+        for row, figures in measured.items()
+        if row not in known
+    }
+
+
+def _done(options: Vae, rows: Iterable[str]) -> list[tuple[str, int]]:
+    """The runs of the folder that are finished and evaluated, of this call or another, by seed."""
+    found = []
+    for row in rows:
+        name = folder_name(row)
+        for path in options.out.glob(f"{name}-seed*"):
+            seed = path.name.removeprefix(f"{name}-seed")
+            if seed.isdigit() and _evaluated(path, options.tight):
+                found.append((row, int(seed)))
+    return sorted(found, key=lambda run: run[1])  # stable: rows stay in their order
 
 
 def _budget(options: Vae) -> str:
@@ -185,9 +211,15 @@ def _train(path: Path, row: str, seed: int, step_ms: float, options: Vae) -> Non
     else:
         fitting = int(STEP_SHARE * 1e3 * options.budget_seconds / step_ms)
         schedule = _stretched(config_of(row), max(1, options.steps or fitting))
-    config = dataclasses.replace(
+    place = {"resume" if started else "out": path}
+    pyro.clear_param_store()
+    run(dataclasses.replace(_config(row, seed, options), **schedule, **place))
+
+
+def _config(row: str, seed: int, options: Vae) -> Config:
+    """The options of a run, but for its schedule and folder."""
+    return dataclasses.replace(
         config_of(row),
-        **schedule,
         seed=seed,
         budget_seconds=options.budget_seconds if options.clock == "wall" else None,
         threads=options.threads,
@@ -195,10 +227,7 @@ def _train(path: Path, row: str, seed: int, step_ms: float, options: Vae) -> Non
         data_dir=options.data_dir,
         test_points=options.test_points,
         test_samples=options.test_samples,
-        **{"resume" if started else "out": path},
     )
-    pyro.clear_param_store()
-    run(config)
 
 
 #: Options of a run that are the benchmark's to set.

@@ -43,6 +43,13 @@ COLUMNS = (
 Key = tuple[str, int]
 """Row and seed."""
 
+_MARKS = {
+    "*": "\\* Without a density: the ELBO is a lower bound, the gap an upper one, by log q given a "
+    "part of the guide's noise or by the bound that the guide is trained with.",
+    "†": "† Without a density or a bound on it: the ELBO is too high, the gap too small, by the "
+    "misfit of the entropy.",
+}
+
 
 def read_steps(path: Path) -> dict[str, dict[str, float]]:
     """The measured times of a step by row; empty where there is no such file yet.
@@ -75,14 +82,15 @@ def collect(out: Path, runs: Sequence[Key], steps: Mapping[str, Row]) -> dict[Ke
             "elbo": found["ais_elbo"],
             "gap": found["ais_gap"],
             "gap_se": found["ais_gap_se"],
-            # With a density, the ELBO itself.
-            "elbo_bound": found.get("ais_elbo_bound", found["ais_elbo"]),
-            "gap_bound": found.get("ais_gap_bound", found["ais_gap"]),
+            "elbo_bound": found.get("ais_elbo_bound", math.nan),
+            "gap_bound": found.get("ais_gap_bound", math.nan),
             "density": float(config.explicit and config.guide not in BOUNDED),
         }
-        other = (baseline(row), seed)
-        if other in runs and other != (row, seed):
-            mean, error = paired(arrays, load(out / folder_name(*other)))
+        if config.explicit:  # the ELBO itself, with or without a density: it is no estimate
+            figures |= {"elbo_bound": found["ais_elbo"], "gap_bound": found["ais_gap"]}
+        other = baseline(row, [name for name, number in runs if number == seed])
+        if other is not None:
+            mean, error = paired(arrays, load(out / folder_name(other, seed)))
             figures |= {"against_gaussian": mean, "against_gaussian_se": error}
         result[(row, seed)] = figures
     return result
@@ -109,9 +117,9 @@ def table(out: Path, results: Mapping[Key, Row], *, budget: str) -> str:
     lines = [
         f"Training of each run: {budget}. Mean ± standard deviation over seeds, nats. AIS: "
         "annealed importance sampling on "
-        f"{first['ais_points']:,.0f} random test images, the same for all; the standard error over "
-        f"images, common to all rows, is {first['ais_log_px_se']:.2f}. IS: importance sampling "
-        f"with a Gaussian fitted to the guide, {points} test images, "
+        f"{first['ais_points']:,.0f} random test images, the same for all rows of the same data; "
+        f"the standard error over images, common to these, is {first['ais_log_px_se']:.2f}. IS: "
+        f"importance sampling with a Gaussian fitted to the guide, {points} test images, "
         f"{first['test_samples']:g} samples. Gap: AIS log p(x) less the guide's ELBO. Difference "
         "to the Gaussian guide: AIS, paired by image, ± its standard error over images (in "
         "brackets the standard deviation over seeds).",
@@ -120,14 +128,16 @@ def table(out: Path, results: Mapping[Key, Row], *, budget: str) -> str:
         "test, AIS | ELBO | gap | against Gaussian |",
         "|---" * 12 + "|",
     ]
-    marked = False
+    marks = set()
     for row in dict.fromkeys(key[0] for key in results):
         ones = {seed: figures for (name, seed), figures in results.items() if name == row}
         columns = {
             name: [figures[name] for figures in ones.values()] for name in next(iter(ones.values()))
         }
-        bound = "" if all(columns["density"]) else "*"
-        marked |= bool(bound)
+        bounded = not math.isnan(sum(columns["gap_bound"]))
+        mark = ("" if all(columns["density"]) else "*") if bounded else "†"
+        marks.add(mark)
+        limits = ("elbo_bound", "gap_bound") if bounded else ("elbo", "gap")
         cells = [
             row,
             ", ".join(map(str, ones)),
@@ -136,27 +146,25 @@ def table(out: Path, results: Mapping[Key, Row], *, budget: str) -> str:
             f"{columns['step_ms'][0]:.2f}",
             f"{columns['score_ms'][0]:.2f}",
             *(_spread(columns[name]) for name in ("valid_log_px", "log_px", "ais_log_px")),
-            *(_spread(columns[name]) + bound for name in ("elbo_bound", "gap_bound")),
+            *(_spread(columns[name]) + mark for name in limits),
             _difference(out, row, [*ones], results),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    if marked:
-        lines += [
-            "",
-            "\\* Without a density: the ELBO is a lower bound, the gap an upper one, by log q "
-            "given a part of the guide's noise or by the bound that the guide is trained with.",
-        ]
+    for mark, text in _MARKS.items():
+        if mark in marks:
+            lines += ["", text]
     return "\n".join(lines) + "\n"
 
 
 def _difference(out: Path, row: str, seeds: Sequence[int], results: Mapping[Key, Row]) -> str:
-    shared = [seed for seed in seeds if (baseline(row), seed) in results]
-    if baseline(row) == row or not shared:
+    other = baseline(row, [key[0] for key in results])
+    shared = [seed for seed in seeds if (other, seed) in results]
+    if other is None or not shared:
         return ""
     differences = np.stack(
         [
             load(out / folder_name(row, seed))["log_px"]
-            - load(out / folder_name(baseline(row), seed))["log_px"]
+            - load(out / folder_name(other, seed))["log_px"]
             for seed in shared
         ]
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -111,8 +111,6 @@ class Whitening(nn.Module):
     pooled_cov: Tensor
     pooled_corr: Tensor
     unmix: Tensor
-    pools: Tensor
-    fell_back: Tensor
 
     def __init__(
         self,
@@ -139,8 +137,17 @@ class Whitening(nn.Module):
         self.register_buffer("pooled_cov", torch.eye(dim))
         self.register_buffer("pooled_corr", torch.eye(dim))
         self.register_buffer("unmix", torch.eye(dim))
-        self.register_buffer("pools", torch.zeros((), dtype=torch.long))
-        self.register_buffer("fell_back", torch.zeros((), dtype=torch.bool))
+        # Numbers, not buffers: a GPU would be waited for to read one.
+        self.pools = 0
+        self.fell_back = False
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What is no tensor."""
+        return {"pools": self.pools, "fell_back": self.fell_back}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`get_extra_state` gave."""
+        self.pools, self.fell_back = state["pools"], state["fell_back"]
 
     @torch.no_grad()
     def held_out(self, folds: Tensor, context: Tensor) -> Frame:
@@ -161,7 +168,7 @@ class Whitening(nn.Module):
         first = centered.sum(1, keepdim=True)
         mean = (first.sum(0, keepdim=True) - first) / rest
         full = self._is_full(rest)
-        self.fell_back.fill_(self.mode == "full" and not full)
+        self.fell_back = self.mode == "full" and not full
         if full:
             second = torch.einsum("fnbi,fnbj->fbij", centered, centered)
             outer = mean.squeeze(1).unsqueeze(-1) * mean.squeeze(1).unsqueeze(-2)
@@ -196,7 +203,7 @@ class Whitening(nn.Module):
             halves = folds.flatten(0, 1)[: 2 * half].unflatten(0, (2, half))
             self.moments.fit(halves, context)
         draws = folds.shape[:-1].numel()
-        rate = max(min(1.0, draws / self.pooled_draws), 1.0 / (1.0 + float(self.pools)))
+        rate = max(min(1.0, draws / self.pooled_draws), 1.0 / (1.0 + self.pools))
         if self.conditional:
             if self.mode != "pooled":
                 return

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pytest
@@ -56,8 +58,30 @@ def test_the_rows_of_the_paper_and_their_peers() -> None:
         assert (config.guide in SCORED) != (config.guide in EXPLICIT)
         check(config)
     for _, config in PAPER_PRESETS.values():
-        assert (config.batch_size, config.beta_start, config.beta_steps) == (128, 1e-4, 50_000)
+        assert config.batch_size == 128
         check(config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "epochs", "rate", "beta_steps"),
+    [
+        ("dbmnist-mlp-gaussian", 4700, 1e-4, 0),
+        ("dbmnist-conv-auxiliary", 4700, 1e-4, 0),
+        ("dbmnist-mlp-implicit", 6400, 1e-4, 0),
+        ("dbmnist-conv-hierarchical-implicit", 6400, 1e-4, 0),
+        ("dbmnist-resconv-gaussian", 6400, 1e-4, 0),
+        ("dbmnist-resconv-implicit", 6400, 1e-3, 0),
+        ("dbmnist-resconv-hierarchical-implicit", 6400, 1e-3, 50_000),
+        ("sbmnist-resconv-gaussian", 6400, 1e-3, 50_000),
+        ("sbmnist-resconv-implicit", 6400, 1e-3, 50_000),
+    ],
+)
+def test_schedules_of_the_paper(preset: str, epochs: int, rate: float, beta_steps: int) -> None:
+    """Those of the authors' run scripts."""
+    config = PAPER_PRESETS[preset][1]
+    assert config.steps == 390 * epochs
+    assert config.learning_rate == rate
+    assert (config.beta_start, config.beta_steps) == ((1e-4 if beta_steps else 1.0), beta_steps)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -191,6 +215,34 @@ def test_training_on_validation_images_keeps_the_last_weights(
     assert [row["step"] for row in rows] == ["2", "4"]
     assert all(row["valid_log_px"] == "" and float(row["loss"]) > 0 for row in rows)
     assert json.loads((run / "results.json").read_text())["best_step"] == 4
+
+
+@pytest.mark.parametrize("preset", ["sbmnist-mlp-gaussian", "sbmnist-mlp-implicit"])
+def test_a_step_that_does_not_wait_reads_nothing(
+    preset: str, sample_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But a number of the score network every fourth update, of which there is one in two steps."""
+    config = tiny(preset, sample_dir)
+    training = Training(config, build_data(config))
+    data = training.data.minibatch(0)
+    for _ in range(32):  # while the score is young its coordinates change in every update
+        training.step_without_waiting(data)
+    read: list[str] = []
+
+    def counting(name: str) -> Callable[[Tensor], Any]:
+        original = getattr(Tensor, name)
+
+        def method(tensor: Tensor) -> Any:
+            read.append(name)
+            return original(tensor)
+
+        return method
+
+    for name in ("__bool__", "__float__", "__int__", "item", "tolist"):
+        monkeypatch.setattr(Tensor, name, counting(name))
+    for _ in range(8):
+        training.step_without_waiting(data)
+    assert len(read) == (1 if config.guide in SCORED else 0)
 
 
 @pytest.mark.gpu

@@ -222,6 +222,12 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert all(f"| {row} | 0 | 2 |" in table for row in rows)
+    # A call for other rows leaves those that are there where they are.
+    steps, other = read_csv(out / "steps.csv"), "sbmnist-mlp-fullcov"
+    program("bench", "vae", "--rows", rows[0], other, "--seeds", 0, *options)
+    assert read_csv(out / "steps.csv")[:3] == steps
+    assert [one["row"] for one in read_csv(out / "results.csv")] == [*rows, other]
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         program("bench", "vae", "--rows", *rows, "--seeds", 0, *options, "--budget-seconds", 9)
     assert "budget_seconds is 3600.0 in the run, 9.0 here" in capsys.readouterr().err
@@ -235,6 +241,10 @@ def test_bench_vae_goes_on_where_it_was_stopped(
         (["sbmnist-mlp-implicit --steps 9"], "expected no --steps in a row"),
         (["sbmnist-mlp-implicit --fantasy-share 2"], "--fantasy-share"),
         (["sbmnist-mlp-gaussian"] * 2, "expected different ones"),
+        (
+            ["sbmnist-mlp-gaussian", "sbmnist-mlp-fullcov --train-on-valid"],
+            "--train-on-valid: expected a fixed number of --steps",
+        ),
     ],
 )
 def test_bench_vae_refuses_rows(
