@@ -96,7 +96,7 @@ def _sac_main(options: Annotated[Sac, tyro.conf.arg(name="")]) -> None:
 
 
 def _vae_main(options: Annotated[Vae, tyro.conf.arg(name="")]) -> None:
-    """Trains VAE presets at one wall-clock budget each and compares them."""
+    """Trains VAE presets for the same time each and compares them."""
     with user_errors():
         use_threads(options.threads)
         keep_freed_memory()

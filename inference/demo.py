@@ -20,6 +20,7 @@ import tyro
 
 from inference.autoencoders.data import ToyData
 from inference.autoencoders.evaluation import restore
+from inference.autoencoders.plots import toy_comparison
 from inference.autoencoders.presets import PRESETS
 from inference.shared import plots
 from inference.shared.errors import user_errors
@@ -91,7 +92,7 @@ def demonstrate(options: Demo) -> Path:
         rows.append((guide, result))
         vaes.append((guide, restore(folder)[1]))
     x = ToyData(1, options.seed).subset("test", 4000, options.seed)
-    figure = plots.save(plots.toy_comparison(vaes, x), out / "comparison.png")
+    figure = plots.save(toy_comparison(vaes, x), out / "comparison.png")
 
     samples = f"{rows[0][1]['test_points']} points, {rows[0][1]['test_samples']} samples each"
     print(f"\n25 Gaussians, test log p(x) in nats by importance sampling ({samples})")

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from inference.autoencoders.evaluation import describe, final_evaluation
 from inference.autoencoders.options import ESTIMATE
+from inference.autoencoders.plots import mnist_figure, toy_figure
 from inference.autoencoders.presets import (
     MAY_DIFFER,
     PAPER_PRESETS,
@@ -155,7 +156,7 @@ def run(config: Config) -> Path:
         (path / TIGHT_FILE).unlink(missing_ok=True)
     folder.write_json("results.json", {**results, **figures})
     print(describe(config, figures))
-    draw = plots.toy_figure if config.data == "25gaussians" else plots.mnist_figure
+    draw = toy_figure if config.data == "25gaussians" else mnist_figure
     x = data.subset("test", 4000, config.seed).to(config.device)
     figure = plots.save(draw(vae, x), path / "figures" / "model.png")
     print(f"run folder {path}, figure {figure}")

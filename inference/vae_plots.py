@@ -138,7 +138,8 @@ def model_figure(vae: VAE, x: Tensor, *, name: str) -> Figure:
 
 
 def posterior_figure(columns: Mapping[str, Sequence[PlanePosterior]]) -> Figure:
-    """The posteriors of some images: contours of the true one over draws of the guide.
+    """The posteriors of some images: contours of the true one, which enclose 50, 90 and 99 % of it,
+    over draws of the guide.
 
     :param columns: by name of the run the same images for each.
     """
@@ -154,10 +155,7 @@ def _draw(axes: Axes, one: PlanePosterior, name: str) -> None:
     (left, right), (bottom, top) = one.shown
     axes.scatter(*one.draws[:3000].cpu().numpy().T, s=2, alpha=0.35, linewidths=0, color="C3")
     masses = one.log_masses.exp()
-    # Contours that enclose 50, 90 and 99 % of the mass.
-    ordered = masses.flatten().sort(descending=True).values
-    enclosed = ordered.cumsum(0)
-    levels = [float(ordered[int((enclosed < part).sum())]) for part in (0.99, 0.9, 0.5)]
+    levels = plots.mass_levels(masses)
     centres = [axis.cpu().numpy() for axis in one.centres]
     axes.contour(*centres, masses.mT.cpu().numpy(), levels=levels, colors="k", linewidths=0.8)
     axes.set(xlim=(left, right), ylim=(bottom, top), ylabel=name, title=f"KL {one.kl:.2f}")

@@ -70,7 +70,8 @@ class Step(_Shapes):
     """Times one SVI step, implicit against explicit guide."""
 
     steps: int = 200
-    """Timed steps of each variant."""
+    """Timed steps of each variant; with --rows timed turns, each of as many steps as it takes until
+    the score has been learned."""
     warmup: int = 20
     """Steps of each before the clock runs."""
     memory_steps: int = 20

@@ -1,8 +1,7 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Trains VAE presets at one wall-clock budget each and compares them: ``python -m inference.bench
-vae``.
+"""Trains VAE presets for the same time each and compares them: ``python -m inference.bench vae``.
 
 For each row, a preset of ``inference.vae`` with options of it or none, it first measures the
 milliseconds of a training step, model and score estimator apart, all rows taking turns in one
@@ -57,7 +56,7 @@ STEP_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Vae:
-    """Trains VAE presets at one wall-clock budget each and compares them."""
+    """Trains VAE presets for the same time each and compares them."""
 
     rows: tuple[str, ...] = ("sbmnist-mlp-gaussian", "sbmnist-mlp-implicit")
     """Presets of inference.vae, each with options of it or none:
@@ -65,9 +64,10 @@ class Vae:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of each."""
     budget_seconds: float = 3600.0
-    """Wall-clock time of each training run, validations included."""
+    """Time of each training run, validations included, by --clock."""
     steps: int | None = None
-    """Steps of each run in place of those that the budget holds; the budget still ends it."""
+    """Steps of each run in place of those that the budget holds; with --clock wall the budget still
+    ends it."""
     threads: int = 1
     """CPU threads of torch."""
     device: str = "cpu"

@@ -9,28 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from inference.shared.errors import UserError
-from models.vae import VAE
 
 __all__ = [
-    "density",
     "heat_map",
     "images",
-    "mnist_figure",
+    "mass_levels",
     "save",
     "scatter",
     "subplots",
-    "toy_comparison",
-    "toy_figure",
 ]
-
-_NUM_POINTS = 4000
 
 
 def scatter(axes: Axes, points: Tensor, *, title: str, limit: float, colour: str = "C0") -> Axes:
@@ -47,15 +40,14 @@ def scatter(axes: Axes, points: Tensor, *, title: str, limit: float, colour: str
     return axes
 
 
-def density(axes: Axes, log_density: Tensor, *, title: str, limit: float) -> Axes:
-    """Draws contours of an unnormalized log-density on a square grid ``[n, n]`` (row: y, column: x)
-    over ``[-limit, limit]``, and nothing below a thousandth of its maximum.
+def mass_levels(masses: Tensor, shares: Sequence[float] = (0.99, 0.9, 0.5)) -> list[float]:
+    """Levels whose contours enclose these shares of the mass of a grid, largest share first.
+
+    :param Tensor masses: non-negative, of any shape.
     """
-    values = (log_density - log_density.max()).exp().cpu().numpy()
-    axis = np.linspace(-limit, limit, len(values))
-    axes.contour(axis, axis, values, levels=[0.001, 0.01, 0.1, 0.5], cmap="Greys", linewidths=1)
-    axes.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    return axes
+    ordered = masses.flatten().sort(descending=True).values
+    enclosed = ordered.cumsum(0) / ordered.sum()
+    return [float(ordered[int((enclosed < share).sum())]) for share in shares]
 
 
 def heat_map(
@@ -86,62 +78,6 @@ def images(axes: Axes, pixels: Tensor, *, title: str, columns: int = 10) -> Axes
     axes.imshow(mosaic.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set(title=title, xticks=[], yticks=[])
     return axes
-
-
-@torch.no_grad()
-def posterior_of_points(axes: Axes, vae: VAE, x: Tensor, *, title: str) -> Axes:
-    """Draws guide samples of single data points over the contours of their exact posteriors."""
-    limit, size = 3.5, 200
-    axis = torch.linspace(-limit, limit, size)
-    grid = torch.cartesian_prod(axis, axis)[:, [1, 0]].to(x).unsqueeze(1)
-    for index, row in enumerate(x.split(1)):
-        log_density = vae.log_joint(row, grid).reshape(size, size)
-        density(axes, log_density, title="", limit=limit)
-        points = vae.posterior(row).sample(torch.Size((400,)))[:, 0]
-        scatter(axes, points, title=title, limit=limit, colour=f"C{index % 10}")
-    return axes
-
-
-@torch.no_grad()
-def toy_figure(vae: VAE, x: Tensor) -> Figure:
-    """Data, reconstruction, samples, aggregate posterior against the prior, single posteriors."""
-    x = x[:_NUM_POINTS]
-    figure, axes = subplots(2, 3)
-    latent = vae.posterior(x).sample()
-    prior = vae.prior(x).sample(torch.Size((len(x),)))
-    scatter(axes[0], x, title="data", limit=5.5)
-    scatter(axes[1], vae.decoder(latent).sample(), title="reconstruction", limit=5.5)
-    scatter(axes[2], vae.decoder(prior).sample(), title="samples of the model", limit=5.5)
-    scatter(axes[3], prior, title="prior", limit=4, colour="C7")
-    scatter(axes[4], latent, title="aggregate posterior", limit=4, colour="C3")
-    posterior_of_points(axes[5], vae, x[:4], title="guide of 4 points, exact contours")
-    return figure
-
-
-@torch.no_grad()
-def toy_comparison(vaes: Sequence[tuple[str, VAE]], x: Tensor) -> Figure:
-    """One row a guide: samples of the model, aggregate posterior, single posteriors."""
-    x = x[:_NUM_POINTS]
-    figure, axes = subplots(len(vaes), 3)
-    for row, (name, vae) in enumerate(vaes):
-        first, second, third = axes[3 * row : 3 * row + 3]
-        scatter(first, vae.draw(len(x), x), title=f"{name}: samples", limit=5.5)
-        latent = vae.posterior(x).sample()
-        scatter(second, latent, title="aggregate posterior", limit=4, colour="C3")
-        posterior_of_points(third, vae, x[:4], title="guide of 4 points, exact contours")
-    return figure
-
-
-@torch.no_grad()
-def mnist_figure(vae: VAE, x: Tensor) -> Figure:
-    """Data, reconstruction (pixel means) and samples (pixel means)."""
-    x = x[:100]
-    figure, axes = subplots(1, 3)
-    prior = vae.prior(x).sample(torch.Size((100,)))
-    images(axes[0], x, title="data")
-    images(axes[1], vae.decoder(vae.posterior(x).sample()).mean, title="reconstruction")
-    images(axes[2], vae.decoder(prior).mean, title="samples of the model")
-    return figure
 
 
 def save(figure: Figure, path: Path) -> Path:

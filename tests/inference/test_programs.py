@@ -356,7 +356,10 @@ def test_errors_end_in_one_line(
         ((*bench, "--rows", "sbmnist-mlp-flow --precision bf16"), "expected no --precision in a"),
         ((*bench, "--rows", "sbmnist-mlp-implicit --gain 3"), "--gain: expected a number in (0, 1"),
         (("vae_plots", run, "--step-times", tmp_path / "no.csv"), "--step-times: expected a steps"),
-        ((*mnist, "--fantasy-share", 0.001), "--fantasy-share: sbmnist-mlp-gaussian does not"),
+        (
+            (*mnist, "--fantasy-share", 0.001),
+            "--fantasy-share: expected enough of --batch-size",
+        ),
         ((*mnist, "--decay-steps", 0, "--decay-start", 9), "--decay-start: sbmnist-mlp-gaussian"),
         (("bench", "step", "--steps", 0), "--steps: expected a positive number"),
         (("bench", "vae", "--threads", 0), "--threads: expected a positive number"),
