@@ -30,7 +30,7 @@ from inference.shared import plots
 from inference.shared.errors import UserError, user_errors
 from inference.shared.randomness import forked_rng, seed_of
 from inference.shared.rows import read_rows
-from inference.shared.run import RunFolder, read_metrics
+from inference.shared.run import RunFolder, make_folder, read_metrics
 from models.environments import MultiGoal
 
 __all__ = [
@@ -160,7 +160,7 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Run folders, or a learning.csv; those of one environment and agent are its seeds, with the
     same options."""
-    out: Path = Path("learning.png")
+    out: Path = Path("runs/learning.png")
     """The figure."""
 
 
@@ -225,6 +225,7 @@ def main() -> None:
         order = [agent for agents in found.values() for agent in agents]
         for one, (env, agents) in zip(axes, found.items(), strict=True):
             learning_curves(one, agents, title=env, order=order)
+        make_folder(options.out.parent)
         print(plots.save(figure, options.out))
 
 

@@ -45,7 +45,7 @@ class Options:
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run folders; those of one preset are its seeds."""
-    out: Path = Path("figures")
+    out: Path = Path("runs/figures")
     """Folder of the figures."""
     images: int = 50
     """Two latents: test images of which the divergence is computed, a random subset."""
