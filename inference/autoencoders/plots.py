@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from inference.autoencoders.plane_posterior import PlanePosterior, plane_posterior
 from inference.shared.plots import images, mass_levels, scatter, subplots
 from inference.shared.precision import full_precision
 from models.vae import VAE
@@ -20,35 +21,18 @@ __all__ = ["mnist_figure", "point_posterior", "toy_comparison", "toy_figure"]
 
 _NUM_POINTS = 4000
 
-#: Half of the width of the square that holds all posteriors of the plane; cells along a side.
-_LIMIT, _CELLS = 5.0, 240
 
-
-@torch.no_grad()
-def point_posterior(axes: Axes, vae: VAE, x: Tensor, *, colour: str, num_draws: int = 800) -> Axes:
-    """Draws the guide's samples of a point over its exact posterior, by quadrature: shades hold 50,
-    90 and 99 % of its mass.
-
-    :param Axes axes: where to draw; the square around those 99 % is shown.
-    :param VAE vae: a model with two latents.
-    :param Tensor x: the point, ``[1, X]``.
+def point_posterior(axes: Axes, one: PlanePosterior, *, colour: str) -> Axes:
+    """Draws the guide's samples of a point over its exact posterior: shades hold 50, 90 and 99 % of
+    its mass.
     """
-    low, high = torch.full((2,), -_LIMIT), torch.full((2,), _LIMIT)
-    for _ in range(2):  # the whole plane, then what holds the mass
-        sides = [torch.linspace(float(a), float(b), _CELLS) for a, b in zip(low, high, strict=True)]
-        grid = torch.cartesian_prod(*sides).to(x).unsqueeze(1)
-        masses = (vae.log_joint(x, grid).flatten()).softmax(0).cpu()
-        inside = grid[masses >= mass_levels(masses)[0], 0].cpu()
-        low, high = inside.amin(0), inside.amax(0)
-        middle, half = (low + high) / 2, 0.6 * float((high - low).max())
-        low, high = middle - half, middle + half
+    masses = one.log_masses.exp().cpu()
     levels = [*mass_levels(masses), float(masses.max())]
-    values = masses.view(_CELLS, _CELLS).mT.numpy()
-    x_side, y_side = (side.numpy() for side in sides)
-    axes.contourf(x_side, y_side, values, levels=levels, colors=["0.9", "0.75", "0.55"])
-    draws = vae.posterior(x).sample(torch.Size((num_draws,)))[:, 0].cpu().numpy()
-    axes.scatter(*draws.T, s=3, alpha=0.6, linewidths=0, color=colour)
-    axes.set(xlim=(x_side[0], x_side[-1]), ylim=(y_side[0], y_side[-1]), aspect="equal")
+    centres = [axis.cpu().numpy() for axis in one.centres]
+    axes.contourf(*centres, masses.mT.numpy(), levels=levels, colors=["0.9", "0.75", "0.55"])
+    axes.scatter(*one.draws.cpu().numpy().T, s=3, alpha=0.6, linewidths=0, color=colour)
+    (left, right), (bottom, top) = one.shown
+    axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.tick_params(labelsize=7)
     return axes
 
@@ -85,7 +69,8 @@ def toy_comparison(vaes: Sequence[tuple[str, VAE]], x: Tensor) -> Figure:
 
 def _points(axes: Sequence[Axes], vae: VAE, x: Tensor) -> None:
     for index, (panel, point) in enumerate(zip(axes, x[: len(axes)].split(1), strict=True)):
-        point_posterior(panel, vae, point, colour=f"C{index}")
+        one = plane_posterior(vae, point, num_draws=800)
+        point_posterior(panel, one, colour=f"C{index}")
         panel.set_title(f"point {index + 1}: guide over exact posterior", fontsize=8)
 
 

@@ -38,10 +38,11 @@ class Training:
     """
 
     def __init__(self, config: Config, data: Dataset, *, name: str = "vae") -> None:
-        if len(data.minibatch(0)) < config.batch_size:
+        rows = len(data.minibatch(0))
+        if rows < config.batch_size:
             raise UserError(
-                f"--batch-size: expected the number of training data at most, "
-                f"{len(data.minibatch(0))}, found {config.batch_size}"
+                f"--batch-size: expected the number of training data at most, {rows}, found "
+                f"{config.batch_size}"
             )
         self.config = config
         self.data = data

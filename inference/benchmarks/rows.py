@@ -76,15 +76,15 @@ def baseline(row: str, rows: Iterable[str]) -> str | None:
     :returns: ``None`` where there is none, or it is the row itself.
     """
 
-    def compared(config: Config) -> tuple[object, ...]:
+    def compared(name: str) -> tuple[object, ...]:
+        config = config_of(name)
         return config.task, config.images, config.seen_share
 
     options = shlex.split(row)[1:]
     found = [
         other
         for other in rows
-        if config_of(other).guide == "gaussian"
-        and compared(config_of(other)) == compared(config_of(row))
+        if config_of(other).guide == "gaussian" and compared(other) == compared(row)
     ]
     found.sort(key=lambda other: shlex.split(other)[1:] != options)
     return found[0] if found and found[0] != row else None
