@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from pyro_ardae.elbo import (
 )
 from pyro_ardae.implicit import Implicit
 from pyro_ardae.score import ARDAE
-from pyro_ardae.traces import OR_EACH, advised, latent_sites, plate_nesting, traces_of
+from pyro_ardae.traces import OR_EACH, latent_sites, plate_nesting, traces_of
 
 __all__ = ["ElboEstimate", "elbo_estimate"]
 
@@ -168,8 +167,7 @@ def elbo_estimate(
     if loss is not None and started:
         elbo.load_state_dict(loss.state_dict())
     with torch.no_grad():
-        with advised(particles) if elbo.vectorize_particles else nullcontext():
-            elbo.loss(model, guide, *args)  # builds the estimators
+        elbo.loss(model, guide, *args)  # builds the estimators
         if elbo.estimators:
             with elbo._learn():
                 for _ in range(num_updates):

@@ -24,7 +24,7 @@ from pyro_ardae.implicit import Implicit
 from pyro_ardae.random import fork_rng
 from pyro_ardae.score import ARDAE, ScoreEstimator
 from pyro_ardae.sites import ScoreMessenger, Site
-from pyro_ardae.traces import refuse_dimensions
+from pyro_ardae.traces import advised, refuse_dimensions
 
 __all__ = ["TraceImplicitEnum_ELBO", "TraceImplicitMeanField_ELBO", "TraceImplicit_ELBO"]
 
@@ -231,7 +231,12 @@ class _ImplicitELBO:
                     self._guess_max_plate_nesting(model, scored, args, kwargs)
                 messenger.paired_dim = -int(self.max_plate_nesting)  # that of the particles
             vectorized = self.vectorize_particles and self.num_particles > 1
-            for traces in super()._get_traces(model, scored, args, kwargs):  # type: ignore[misc]
+            of_pyro = super()._get_traces(model, scored, args, kwargs)  # type: ignore[misc]
+            while True:
+                with advised(self.num_particles, self._advice) if vectorized else nullcontext():
+                    traces = next(of_pyro, None)
+                if traces is None:
+                    return
                 if vectorized and not isinstance(self, TraceEnum_ELBO):  # which looks itself
                     refuse_dimensions(traces, int(self.max_plate_nesting), self._advice)
                 yield traces
@@ -461,6 +466,8 @@ class TraceImplicit_ELBO(_ImplicitELBO, Trace_ELBO):
         particles; in a step, for non-finite draws of a site, a loss that is not finite, a second
         guide whose sites have other sizes, a site that is not reparameterized before an implicit
         one, and a model that does not broadcast over vectorized particles.
+    :raises RuntimeError: in a step, for what torch or Pyro fails at with vectorized particles, with
+        the remedy.
     :warns UserWarning: once, where a step has a single draw of a site, where a second guide has the
         same sites, and for each site whose sampler reads what its context lacks.
 

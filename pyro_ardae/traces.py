@@ -103,7 +103,7 @@ def run_many(
 
 
 @contextmanager
-def advised(num_samples: int) -> Iterator[None]:
+def advised(num_samples: int, advice: str = OR_EACH) -> Iterator[None]:
     """Errors of what runs in a plate of so many draws say what to do.
 
     :raises RuntimeError: of torch or Pyro, with the advice.
@@ -113,7 +113,7 @@ def advised(num_samples: int) -> Iterator[None]:
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # such as a lack of memory
             raise
-        text = f"failed in a plate of {num_samples} draws. {OR_EACH} {error}"
+        text = f"failed in a plate of {num_samples} draws. {advice} {error}"
         raise RuntimeError(text) from error
 
 

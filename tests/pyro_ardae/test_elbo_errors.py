@@ -490,6 +490,24 @@ def test_what_does_not_broadcast_over_particles_is_refused(kind: Any) -> None:
     kind(SMALL, num_particles=4).loss_and_grads(one_model, one_guide, x)
 
 
+@pytest.mark.parametrize("kind", [TraceImplicit_ELBO, TraceImplicitEnum_ELBO])
+def test_what_fails_over_particles_says_what_to_do(kind: Any) -> None:
+    """A layer whose weight is random takes no plate of them: what torch says of it is no help."""
+
+    def linear(x: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(1, 3), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            mean = torch.nn.functional.linear(x, w).squeeze(-1)
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.zeros(len(x)))
+
+    x, options = torch.randn(5, 3), {"num_particles": 4, "max_plate_nesting": 1}
+    elbo = kind(SMALL, vectorize_particles=True, strict_enumeration_warning=False, **options)
+    with pytest.raises(RuntimeError, match=r"plate of 4 draws.*num_particles=8, score_interval=8"):
+        elbo.loss_and_grads(linear, one_guide, x)
+    elbo = kind(SMALL, strict_enumeration_warning=False, **options)
+    elbo.loss_and_grads(linear, one_guide, x)
+
+
 # ---- non-finite draws ----------------------------------------------------------------------------
 
 
