@@ -95,7 +95,7 @@ def train(training: Training, folder: RunFolder) -> None:
                 if not math.isfinite(loss):
                     raise UserError(
                         f"step {row['step']}: expected a finite loss, found {loss}; start anew, "
-                        "with another --out and a lower --learning-rate or with --clip-norm"
+                        "with another --out and a lower --learning-rate or with --clip 2"
                     )
                 if not config.train_on_valid:
                     row |= training.validate()

@@ -123,8 +123,8 @@ class Config:
     """Adam's decay of the mean gradient."""
     adam_eps: float = 1e-8
     """Adam's epsilon. Gradients, of the sum over the minibatch, that are smaller count for less."""
-    clip_norm: float | None = None
-    """Largest norm of the gradient; not clipped by default."""
+    clip: float | None = None
+    """Bound on the norm of the gradient, in units of its running mean, >= 1; none by default."""
 
     noise_dim: int = 100
     """Implicit guide and AVB: width of the noise."""

@@ -50,7 +50,7 @@ class Training:
         if config.decoder is not None:
             self.vae.decoder.requires_grad_(False).eval()  # else Pyro warns of it
         self.loss: ELBO = build_loss(config)
-        self.optim = TorchOptim(self.vae, self._adam(), clip_norm=config.clip_norm)
+        self.optim = TorchOptim(self.vae, self._adam(), clip=config.clip)
         self.rates = [group["lr"] for group in self.optim.optimizer.param_groups]
         self.svi = SVI(self.vae.model, self.vae.guide, self.optim, loss=self.loss)
         self.average = AveragedModel(self.vae, multi_avg_fn=self._average)

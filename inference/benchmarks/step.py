@@ -106,7 +106,7 @@ def _build_step(variant: str, options: _Shapes) -> tuple[Callable[[], Any], Any]
         vae.parameters(), lr=config.learning_rate, eps=config.adam_eps, fused=True
     )
     loss = build_loss(config)
-    svi = SVI(vae.model, vae.guide, TorchOptim(vae, adam), loss=loss)
+    svi = SVI(vae.model, vae.guide, TorchOptim(vae, adam, clip=config.clip), loss=loss)
     # Pixels as dark as MNIST's: the arithmetic is the same for any.
     x = torch.bernoulli(torch.full((config.batch_size, 784), 0.13))
     return lambda: svi.step(x), loss

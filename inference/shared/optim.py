@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 __all__ = ["TorchOptim"]
 
+#: Share of a new norm in the running mean.
+_RATE = 0.02
+
 
 class TorchOptim(PyroOptim):
     """Steps all parameters of a module with one torch optimizer, for :class:`pyro.infer.SVI`.
@@ -23,16 +26,19 @@ class TorchOptim(PyroOptim):
 
     :param nn.Module module: its parameters are those that SVI trains, all that require a gradient.
     :param torch.optim.Optimizer optimizer: an optimizer of these parameters.
-    :param float clip_norm: largest norm of the gradient; ``None`` does not clip.
+    :param float clip: bound on the norm of the whole gradient, in units of its running mean; with
+        ``None`` there is none. An absolute bound that is right for one model, batch or time of a
+        training is loose or in the way for another.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, clip_norm: float | None = None
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, clip: float | None = None
     ) -> None:
         # PyroOptim.__init__ sets up the optimizers by parameter that this class replaces.
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = optimizer
-        self.clip_norm = clip_norm
+        self.clip = clip
+        self._mean_norm: Tensor | None = None
         self._checked = False
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
@@ -43,16 +49,28 @@ class TorchOptim(PyroOptim):
                     "model of the same name trained before? Call pyro.clear_param_store() first."
                 )
             self._checked = True
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        if self.clip is not None:
+            self._bound_gradient(self.clip)
         self.optimizer.step()
         # None, not zeros: the next backward pass assigns instead of adding.
         self.optimizer.zero_grad(set_to_none=True)
 
+    @torch.no_grad()
+    def _bound_gradient(self, clip: float) -> None:
+        """Multiplies the gradient by what brings its norm to the bound; never waits for a GPU."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        mean = norm if self._mean_norm is None else self._mean_norm
+        bounded = norm.minimum(clip * mean)
+        torch._foreach_mul_(gradients, bounded / norm.clamp_min(1e-30))
+        # One that is not finite has no part in the mean.
+        self._mean_norm = torch.where(norm.isfinite(), mean.lerp(bounded, _RATE), mean)
+
     def get_state(self) -> dict[str, Any]:
-        """The state of the optimizer."""
-        return self.optimizer.state_dict()
+        """The state of the optimizer, and what gradients are clipped by."""
+        return {"optimizer": self.optimizer.state_dict(), "mean_norm": self._mean_norm}
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state of the optimizer."""
-        self.optimizer.load_state_dict(state_dict)
+        """Restores what :meth:`get_state` gave."""
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._mean_norm = state_dict["mean_norm"]

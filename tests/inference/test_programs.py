@@ -78,7 +78,7 @@ def test_two_steps_and_evaluation_again(
 @pytest.mark.parametrize(
     ("preset", "options"),
     [
-        ("25gaussians-gaussian", ("--beta-start", 0.1, "--beta-steps", 1000, "--clip-norm", 1.0)),
+        ("25gaussians-gaussian", ("--beta-start", 0.1, "--beta-steps", 1000, "--clip", 2.0)),
         ("sbmnist-mlp-implicit", ()),
     ],
 )
