@@ -78,7 +78,7 @@ def check_tight(options: Tight) -> None:
 
     :raises UserError: naming the first of them.
     """
-    names = ("points", "chains", "temperatures", "leapfrog", "start_samples", "elbo_samples")
+    names = ("temperatures", "leapfrog", "start_samples", "elbo_samples")
     names += ("energy_updates", "bound_samples")
     not_negative = ("points_seed", "refinement_steps", "bound_mixing")
     conditions = positive(options, *names)
