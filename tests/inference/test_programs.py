@@ -328,7 +328,7 @@ def test_errors_end_in_one_line(
         (("evaluate", run, "--test-points", 0), "--test-points: expected a positive number"),
         (("evaluate", run, "--points", 5), "--points: an evaluation without --ais does not read"),
         (("evaluate", run, "--ais", "--seed", 3), "--seed: --ais does not read it"),
-        (("evaluate", run, "--ais", "--chains", 0), "--chains: expected a positive number"),
+        (("evaluate", run, "--ais", "--chains", 0), "--chains: expected 2 at least, found 0"),
         (("vae_plots", run, tmp_path / "x" / "run"), "expected folders of different names"),
         (("bench", "vae", "--steps", 0), "--steps: expected a positive number"),
         ((*mnist, "--device", "abacus"), "--device: expected one that torch can use here"),
