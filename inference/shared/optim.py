@@ -12,10 +12,9 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-__all__ = ["TorchOptim"]
+from pyro_ardae.score.clipping import clip_factor
 
-#: Share of a new norm in the running mean.
-_RATE = 0.02
+__all__ = ["TorchOptim"]
 
 
 class TorchOptim(PyroOptim):
@@ -55,16 +54,12 @@ class TorchOptim(PyroOptim):
         # None, not zeros: the next backward pass assigns instead of adding.
         self.optimizer.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
     def _bound_gradient(self, clip: float) -> None:
-        """Multiplies the gradient by what brings its norm to the bound; never waits for a GPU."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        mean = norm if self._mean_norm is None else self._mean_norm
-        bounded = norm.minimum(clip * mean)
-        torch._foreach_mul_(gradients, bounded / norm.clamp_min(1e-30))
-        # One that is not finite has no part in the mean.
-        self._mean_norm = torch.where(norm.isfinite(), mean.lerp(bounded, _RATE), mean)
+        if self._mean_norm is None:
+            self._mean_norm = torch.zeros_like(norm)
+        torch._foreach_mul_(gradients, clip_factor(norm, self._mean_norm, clip))
 
     def get_state(self) -> dict[str, Any]:
         """The state of the optimizer, and what gradients are clipped by."""
@@ -73,4 +68,5 @@ class TorchOptim(PyroOptim):
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`get_state` gave."""
         self.optimizer.load_state_dict(state_dict["optimizer"])
-        self._mean_norm = state_dict["mean_norm"]
+        mean = state_dict["mean_norm"]
+        self._mean_norm = None if mean is None else mean.clone()  # it is changed in place

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pyro_ardae.score.clipping import clip_factor
 from pyro_ardae.score.energy import EnergyNetwork
 from pyro_ardae.score.residual import ResidualNetwork
 from pyro_ardae.score.student import Student
@@ -219,14 +220,9 @@ class WhitenedEstimator(TrainedEstimator):
         Without a bound, one outlier among the draws moves all weights by some ten step sizes of
         Adam, and then stalls them for as long as Adam remembers its square.
         """
-        norm, mean = gradient.norm(), self.gradient_norm
-        finite = norm.isfinite()
-        norm = torch.where(finite, norm, mean)  # one that is not finite has no part in the mean
-        mean.copy_(torch.where(mean > 0, mean, norm))  # the first one is its start
-        bounded = norm.minimum(self.clip * mean)
-        mean.lerp_(bounded, 0.02)
-        scaled = gradient.mul_(bounded / norm.clamp_min(1e-30))
-        return torch.where(finite, scaled, torch.zeros_like(scaled))
+        norm = gradient.norm()
+        scaled = gradient.mul_(clip_factor(norm, self.gradient_norm, self.clip))
+        return torch.where(norm.isfinite(), scaled, torch.zeros_like(scaled))
 
     @torch.no_grad()
     def _features(self, frame: Frame, context: Tensor, *, fit: bool = False) -> Tensor:
