@@ -33,6 +33,7 @@ from tqdm import tqdm
 from inference import sac_plots
 from inference.agents.agent import Agent
 from inference.agents.calibration import q_bias
+from inference.agents.environments import make_envs
 from inference.agents.presets import (
     MAY_DIFFER,
     MULTI_GOAL,
@@ -43,15 +44,8 @@ from inference.agents.presets import (
     check,
 )
 from inference.agents.replay import Replay
-from inference.agents.rollout import (
-    Collector,
-    Episode,
-    check_renders,
-    evaluate,
-    make_envs,
-    record_episode,
-    return_figures,
-)
+from inference.agents.rollout import Collector, Episode, evaluate, return_figures
+from inference.agents.video import check_renders, record_episode
 from inference.shared.errors import UserError, user_errors
 from inference.shared.process import keep_freed_memory, mujoco_warns_once, use_threads
 from inference.shared.randomness import load_rng_state, rng_state, seed_of

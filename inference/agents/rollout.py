@@ -1,41 +1,24 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Environments of gymnasium as the agents need them: transitions, and episodes for evaluation."""
+"""Steps environments: transitions to learn from, and whole episodes for evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium.error import DependencyNotInstalled, Error
-from gymnasium.spaces import Box
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.wrappers import FlattenObservation, TransformAction, TransformObservation
-from PIL import Image
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-import models.environments  # noqa: F401 (registers them)
+from inference.agents.environments import make_envs
 from inference.agents.replay import Batch
 from inference.shared.errors import UserError
 from inference.shared.randomness import forked_rng
 
-__all__ = [
-    "Collector",
-    "Episode",
-    "check_renders",
-    "evaluate",
-    "make_envs",
-    "record_episode",
-    "return_figures",
-    "wrap",
-]
+__all__ = ["Act", "Collector", "Episode", "evaluate", "refuse_endless", "return_figures"]
 
 #: Actions ``[B, D]`` in (-1, 1) for observations ``[B, obs_dim]``.
 Act = Callable[[Tensor], Tensor]
@@ -57,100 +40,6 @@ class Episode(NamedTuple):
     """Its last observation, ``[obs_dim]``."""
     transitions: Batch | None = None
     """Its steps, if they were kept."""
-
-
-def _check(env: gymnasium.Env[Any, Any], env_id: str) -> None:
-    if not isinstance(env.observation_space, Box):
-        raise UserError(
-            f"{env_id}: expected observations in a Box, found {env.observation_space}; wrap the "
-            "environment in gymnasium.wrappers.FlattenObservation"
-        )
-    if not isinstance(env.action_space, Box):
-        raise UserError(
-            f"{env_id}: expected actions in a Box, found {env.action_space}; soft actor-critic as "
-            "provided has continuous actions only"
-        )
-    if not np.issubdtype(env.action_space.dtype, np.floating):
-        raise UserError(
-            f"{env_id}: expected real actions, found {env.action_space}; soft actor-critic as "
-            "provided has continuous actions only"
-        )
-    if not (np.isfinite(env.action_space.low).all() and np.isfinite(env.action_space.high).all()):
-        raise UserError(
-            f"{env_id}: expected bounded actions, found {env.action_space}; give the space bounds, "
-            "as by gymnasium.wrappers.TransformAction(env, f, Box(low, high)); ClipAction takes "
-            "bounds away"
-        )
-
-
-def wrap(
-    env: gymnasium.Env[Any, Any], *, obs_limit: float | None = None
-) -> gymnasium.Env[Any, Any]:
-    """Flat observations and actions in [-1, 1].
-
-    :param obs_limit: magnitude at which observations are cut off, if they are.
-    :raises UserError: if its spaces are not bounded boxes of real numbers.
-    """
-    _check(env, env.spec.id if env.spec else "environment")
-    space = env.action_space
-    assert isinstance(space, Box)
-    low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
-    kind = space.dtype.type  # type: ignore[union-attr]
-
-    def scale(action: Any) -> Any:
-        # gymnasium's RescaleAction leaves the box by rounding, and divides by its width.
-        share = (np.asarray(action, np.float64) + 1) / 2
-        scaled = np.clip(low + share * (high - low), low, high)
-        return scaled.astype(kind).reshape(space.shape)
-
-    env = FlattenObservation(env)
-    if obs_limit is not None:
-        seen = env.observation_space
-        assert isinstance(seen, Box)
-        bound = Box(-obs_limit, obs_limit, seen.shape, np.float32)
-
-        def cut(obs: Any) -> Any:
-            return np.clip(np.asarray(obs, np.float32), -obs_limit, obs_limit)
-
-        env = TransformObservation(env, cut, bound)
-    return TransformAction(env, scale, Box(-1, 1, low.shape, kind))
-
-
-def make_envs(
-    env_id: str, num_envs: int, *, obs_limit: float | None = None, **options: Any
-) -> VectorEnv[Any, Any, Any]:
-    """Environments stepped together, with flat observations and actions in [-1, 1].
-
-    A finished one is reset in the same step; its last observation is in ``infos["final_obs"]``.
-
-    :param str env_id: gymnasium's id.
-    :param int num_envs: how many.
-    :param obs_limit: magnitude at which observations are cut off, if they are.
-    :param options: arguments of the environment, as for :func:`gymnasium.make`.
-    :raises UserError: if there is no such environment, what it needs is missing, or its spaces are
-        not bounded boxes.
-    """
-    try:
-        return gymnasium.make_vec(
-            env_id,
-            num_envs=num_envs,
-            vectorization_mode="sync",
-            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
-            wrappers=(partial(wrap, obs_limit=obs_limit),),
-            **options,
-        )
-    except (DependencyNotInstalled, ImportError) as error:
-        module, *_ = env_id.rpartition(":")
-        own = bool(module) and f"No module named '{module.split('.')[0]}'" in str(error)
-        advice = "put its folder on PYTHONPATH" if own else 'pip install "pyro-ardae[rl]"'
-        raise UserError(
-            f"{env_id}: expected the packages that it needs, found: {error}; {advice}"
-        ) from None
-    except Error as error:
-        raise UserError(
-            f"{env_id}: expected the id of a registered environment, like HalfCheetah-v5, found: "
-            f"{error}"
-        ) from None
 
 
 class Collector:
@@ -299,7 +188,7 @@ def evaluate(
         while any(counts):
             step = collector.step(act(collector.obs.to(device)).cpu())
             steps += [step] if keep else []
-            _refuse_endless(collector.longest, env_id)
+            refuse_endless(collector.longest, env_id)
             for episode in collector.take_finished():
                 if counts[episode.env]:
                     counts[episode.env] -= 1
@@ -309,7 +198,13 @@ def evaluate(
     return found
 
 
-def _refuse_endless(length: int, env_id: str) -> None:
+def refuse_endless(length: int, env_id: str) -> None:
+    """Refuses an episode that goes on and on.
+
+    :param int length: its steps so far.
+    :param str env_id: environment.
+    :raises UserError: if there are :data:`ENDLESS` of them.
+    """
     if length >= ENDLESS:
         raise UserError(
             f"{env_id}: expected episodes that end, found one of {length} steps; register the "
@@ -334,73 +229,3 @@ def return_figures(noisy: Sequence[Episode], still: Sequence[Episode]) -> dict[s
         values = torch.tensor([episode.value for episode in episodes], dtype=torch.float64)
         row |= {name: float(values.mean()), f"{name}_std": float(values.std(correction=0))}
     return row
-
-
-def check_renders(env_id: str) -> None:
-    """Refuses an environment that has no pictures, by one of them.
-
-    :raises UserError: if it cannot be rendered.
-    """
-    with _rendering(env_id) as env, forked_rng(0):
-        env.reset(seed=0)
-        env.render()
-
-
-def record_episode(
-    env_id: str,
-    act: Act,
-    path: Path,
-    *,
-    seed: int,
-    device: str = "cpu",
-    obs_limit: float | None = None,
-) -> Path:
-    """Plays an episode and writes it as a small animated GIF, every fourth frame.
-
-    :param Path path: the file, ``*.gif``.
-    :param obs_limit: as for :func:`make_envs`.
-    :raises UserError: if the environment cannot be rendered.
-    """
-    with _rendering(env_id, obs_limit) as env, forked_rng(seed):
-        obs, _ = env.reset(seed=seed)
-        frames, over, steps = [], False, 0
-        while not over:
-            if steps % 4 == 0:
-                frame = Image.fromarray(env.render())  # type: ignore[arg-type]
-                frame.thumbnail((240, 240))
-                frames.append(frame)
-            batch = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
-            obs, _, terminated, truncated, _ = env.step(act(batch)[0].cpu().numpy())
-            over, steps = terminated or truncated, steps + 1
-            _refuse_endless(0 if over else steps, env_id)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=80, loop=0)
-    return path
-
-
-@contextmanager
-def _rendering(env_id: str, obs_limit: float | None = None) -> Iterator[gymnasium.Env[Any, Any]]:
-    """An environment that renders pictures.
-
-    :raises UserError: for one that has none, or whatever else goes wrong.
-    """
-    try:
-        env = gymnasium.make(env_id)
-        env.close()
-        if "rgb_array" not in env.metadata.get("render_modes", ()):
-            raise UserError(
-                f"--record-video: expected an environment that renders pictures, found {env_id}; "
-                "leave the option out"
-            )
-        env = wrap(gymnasium.make(env_id, render_mode="rgb_array"), obs_limit=obs_limit)
-        try:
-            yield env
-        finally:
-            env.close()
-    except UserError:
-        raise
-    except Exception as error:  # whatever the renderer's driver raises
-        own = "" if isinstance(error, DependencyNotInstalled) else "; set MUJOCO_GL=egl for MuJoCo"
-        raise UserError(
-            f"--record-video: expected {env_id} to render without a display, found: {error}{own}, "
-            "or leave the option out"
-        ) from None

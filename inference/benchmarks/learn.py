@@ -131,7 +131,8 @@ def _learn_sb3(config: Config, path: Path) -> None:
         import gymnasium
         from stable_baselines3 import SAC
         from stable_baselines3.common.callbacks import BaseCallback
-    from inference.agents.rollout import Episode, evaluate, return_figures, wrap
+    from inference.agents.environments import wrap
+    from inference.agents.rollout import Episode, evaluate, return_figures
 
     _discard(path)
     folder = RunFolder.create(path, _options(config, "sb3"), COLUMNS)

@@ -1,0 +1,27 @@
+# Copyright Contributors to the pyro-ardae project.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from inference.shared.randomness import forked_rng, load_rng_state, rng_state
+
+
+def test_seeds_of_a_moment_leave_all_generators_as_they_are() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+    seen = []
+    for _ in range(2):
+        with forked_rng(7):
+            seen.append(draw())
+    before = rng_state()
+    with forked_rng(7):
+        seen.append(draw())
+    after = draw()
+    load_rng_state(before)
+    assert seen[0] == seen[1] == seen[2] != after == draw()
