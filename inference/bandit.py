@@ -36,8 +36,9 @@ import tyro
 from torch import Tensor
 
 from inference.agents.agent import Agent
+from inference.agents.build import build_policy
+from inference.agents.options import IMPLICIT, AgentName, Config, check
 from inference.agents.policy import ImplicitPolicy
-from inference.agents.presets import IMPLICIT, AgentName, Config, build_policy, check
 from inference.shared.clock import Clock, clock_of
 from inference.shared.errors import (
     UserError,

@@ -26,7 +26,7 @@ from inference.benchmarks.rows import bench_rows, describe_rows
 from inference.benchmarks.sac import Sac, bench_sac, describe_sac
 from inference.benchmarks.step import Memory, Step, bench_step, describe_step, measure_memory
 from inference.benchmarks.vae import Vae, bench_vae
-from inference.shared.errors import check_device, check_options, user_errors
+from inference.shared.errors import check_device, check_options, check_unread, user_errors
 from inference.shared.files import replacing
 from inference.shared.process import keep_freed_memory, mujoco_warns_once, use_threads
 
@@ -74,6 +74,7 @@ def _step_main(options: Annotated[Step, tyro.conf.arg(name="")]) -> None:
             print(describe_rows(figures))
             _write(options.json, figures)
             return
+        check_unread(options, Step(), ("device",), reader="a call without --rows")
         figures = bench_step(options)
         print(describe_step(figures))
         _write(options.json, figures)

@@ -80,7 +80,6 @@ def demonstrate(options: Demo) -> Path:
             seed=options.seed,
             test_points=options.test_points,
             test_samples=options.test_samples,
-            valid_every=steps,
             checkpoint_every=steps,
             threads=options.threads,
             out=out / guide,

@@ -28,9 +28,9 @@ from inference.autoencoders.evaluation import (
     final_evaluation,
     restore,
 )
-from inference.autoencoders.presets import Config, build_data
+from inference.autoencoders.presets import build_data, check_range
 from inference.autoencoders.tight import Tight, check_tight, load, paired
-from inference.shared.errors import check_options, check_unread, one_seed, positive, user_errors
+from inference.shared.errors import check_unread, user_errors
 from inference.shared.process import use_threads
 
 __all__ = ["Evaluation", "main"]
@@ -64,33 +64,20 @@ class Evaluation:
     """Run folder to compare with, evaluated with --ais too."""
 
 
-def _check(options: Evaluation) -> None:
+def _check_unread(options: Evaluation) -> None:
     if options.ais:
         unread = ("seed", "test_points", "test_samples", "guide_samples")
         check_unread(options, Evaluation(options.run), unread, reader="--ais")
-        check_tight(options.tight)
     else:
         names = [field.name for field in dataclasses.fields(Tight)]
         check_unread(options.tight, Tight(), names, reader="an evaluation without --ais")
-        conditions = positive(options, "test_points", "test_samples", "guide_samples")
-        check_options(options, [*conditions, *([] if options.seed is None else one_seed(options))])
-
-
-def _enough_draws(options: Evaluation, config: Config) -> list[tuple[bool, str, str]]:
-    """A Gaussian is fitted to draws of the guide."""
-    least, expected = config.least_guide_samples, f"two a latent, {config.least_guide_samples}"
-    given = options.guide_samples
-    return [
-        (given is None or given >= least, "guide-samples", expected),
-        (not options.ais or options.tight.start_samples >= least, "start-samples", expected),
-    ]
 
 
 def main() -> None:
     """Evaluates a run again."""
     options = tyro.cli(Evaluation, prog="python -m inference.evaluate", description=__doc__)
     with user_errors():
-        _check(options)
+        _check_unread(options)
         own = {"run", "ais", "tight", "against"}
         given = {
             key: value
@@ -98,7 +85,9 @@ def main() -> None:
             if key not in own and value is not None
         }
         config, vae = restore(options.run, **given)
-        check_options(options, _enough_draws(options, config))
+        check_range(config)
+        if options.ais:
+            check_tight(options.tight, config)
         if config.threads is not None:
             use_threads(config.threads)
         if options.ais:

@@ -60,7 +60,7 @@ from inference.shared.errors import (
     some_seeds,
     user_errors,
 )
-from inference.shared.files import write_arrays
+from inference.shared.files import write_arrays, write_text
 from inference.shared.plots import save
 from inference.shared.process import use_threads
 from inference.shared.progress import advance
@@ -166,7 +166,7 @@ def compare(config: Config) -> Path:
             )
     write_rows(path / "results.csv", rows, COLUMNS)
     text = table(rows, known, config.seconds, config.clock)
-    (path / "table.md").write_text(text)
+    write_text(path / "table.md", text)
     print(f"\n{text}")
     if config.figures:
         for name in config.posteriors:

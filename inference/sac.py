@@ -32,17 +32,11 @@ from tqdm import tqdm
 
 from inference import sac_plots
 from inference.agents.agent import Agent
+from inference.agents.build import build_critic, build_policy
 from inference.agents.calibration import q_bias
 from inference.agents.environments import make_envs
-from inference.agents.presets import (
-    MAY_DIFFER,
-    MULTI_GOAL,
-    PRESETS,
-    Config,
-    build_critic,
-    build_policy,
-    check,
-)
+from inference.agents.options import MAY_DIFFER, MULTI_GOAL, Config, check
+from inference.agents.presets import PRESETS
 from inference.agents.replay import Replay
 from inference.agents.rollout import Collector, Episode, evaluate, return_figures
 from inference.agents.video import check_renders, record_episode

@@ -23,7 +23,7 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from inference.agents.agent import Agent
-from inference.agents.presets import MAY_DIFFER, MULTI_GOAL, TASKS, Config
+from inference.agents.options import MAY_DIFFER, MULTI_GOAL, TASKS, Config
 from inference.agents.replay import Replay
 from inference.agents.rollout import evaluate
 from inference.shared import plots

@@ -50,6 +50,7 @@ from tqdm import tqdm
 from inference.scores import plots as score_plots
 from inference.scores.table import COLUMNS, Key, Row, Rows, read, table, write
 from inference.shared.errors import UserError, check_options, positive, some_seeds, user_errors
+from inference.shared.files import write_text
 from inference.shared.plots import save
 from inference.shared.process import use_threads
 from inference.shared.progress import advance
@@ -313,7 +314,7 @@ def report(runs: Rows, options: Score) -> None:
         f"{torch.__version__}."
     )
     text = table(runs, reference, heading, options.draws)
-    (options.out / "table.md").write_text(text)
+    write_text(options.out / "table.md", text)
     print(f"\n{text}")
     if options.figures:
         folder = options.out / "figures"

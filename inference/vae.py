@@ -30,6 +30,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import sys
 import time
 from pathlib import Path
 
@@ -39,7 +41,7 @@ from tqdm import tqdm
 
 from inference.autoencoders.evaluation import describe, final_evaluation
 from inference.autoencoders.options import ESTIMATE
-from inference.autoencoders.plots import mnist_figure, toy_figure
+from inference.autoencoders.plots import image_figure, toy_figure
 from inference.autoencoders.presets import (
     MAY_DIFFER,
     PAPER_PRESETS,
@@ -141,6 +143,7 @@ def run(config: Config) -> Path:
             training.best_valid = -float("inf")  # the run goes on from before it
         folder.record(options)
         folder.drop_rows_after(training.steps_done)
+    folder.prepare()
     train(training, folder)
     folder.close()
 
@@ -156,25 +159,23 @@ def run(config: Config) -> Path:
         (path / TIGHT_FILE).unlink(missing_ok=True)
     folder.write_json("results.json", {**results, **figures})
     print(describe(config, figures))
-    draw = toy_figure if config.data == "25gaussians" else mnist_figure
     x = data.subset("test", 4000, config.seed).to(config.device)
-    figure = plots.save(draw(vae, x), path / "figures" / "model.png")
+    toy = config.data == "25gaussians"
+    drawn = toy_figure(vae, x) if toy else image_figure(vae, x[:500], name=config.preset)
+    figure = plots.save(drawn, path / "figures" / "model.png")
     print(f"run folder {path}, figure {figure}")
     return path
 
 
-def _parse(presets: dict[str, tuple[str, Config]]) -> Config:
-    return tyro.extras.overridable_config_cli(
-        presets, prog="python -m inference.vae", description=_DESCRIPTION
-    )
-
-
 def main() -> None:
     """Trains a variational autoencoder."""
-    config = _parse(PRESETS)
-    if config.schedule == "paper":
-        # Once more, so that options left out are the paper's.
-        config = _parse({**PRESETS, **PAPER_PRESETS})
+    # Options left out, and those that --help lists, are the schedule's.
+    paper = re.search(r"--schedule[ =]paper\b", " ".join(sys.argv))
+    config = tyro.extras.overridable_config_cli(
+        {**PRESETS, **PAPER_PRESETS} if paper else PRESETS,
+        prog="python -m inference.vae",
+        description=_DESCRIPTION,
+    )
     keep_freed_memory()
     pyro.clear_param_store()
     with user_errors():

@@ -16,17 +16,18 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from inference.autoencoders.evaluation import restore
+from inference.autoencoders.options import Guide
 from inference.autoencoders.plane_posterior import PlanePosterior, plane_posterior
+from inference.autoencoders.plots import image_figure, point_posterior
 from inference.autoencoders.presets import Config, build_data
 from inference.benchmarks.vae_table import folder_name, read_steps
 from inference.shared import plots
@@ -36,7 +37,7 @@ from inference.shared.rows import write_csv
 from inference.shared.run import make_folder, read_metrics
 from models.vae import VAE
 
-__all__ = ["log_px_curves", "main", "model_figure", "posterior_figure", "traversals"]
+__all__ = ["log_px_curves", "main", "posterior_figure"]
 
 
 @dataclass(frozen=True)
@@ -63,28 +64,39 @@ class Options:
 
 
 def log_px_curves(
-    axes: Axes, runs: Mapping[str, Sequence[Mapping[str, list[float]]]], *, title: str
+    axes: Axes,
+    runs: Mapping[str, Sequence[Mapping[str, list[float]]]],
+    guides: Mapping[str, Guide],
+    *,
+    title: str,
 ) -> Axes:
     """Draws validation log p(x) against time, a line for each seed.
 
+    A guide has the same colour in all such figures; of two rows with one guide, the second is
+    dashed.
+
     :param Axes axes: where to draw.
     :param runs: by label the metrics of each seed, see :func:`inference.shared.run.read_metrics`.
+    :param guides: by label the guide.
     :param str title: title.
     """
-    last = []
-    for index, (label, seeds) in enumerate(runs.items()):
+    last, drawn = [], set()
+    for label, seeds in runs.items():
+        guide = guides[label]
         for at, metrics in enumerate(seeds):
             shown = f"{label} ({len(seeds)} seeds)" if len(seeds) > 1 else label
             axes.plot(
                 np.array(metrics["seconds"]) / 60,
                 metrics["valid_log_px"],
-                color=f"C{index % 10}",
+                color=f"C{get_args(Guide).index(guide)}",
+                linestyle="--" if guide in drawn else "-",
                 linewidth=1.2,
                 marker=".",
                 markersize=4,
                 label=None if at else shown,
             )
             last.append(metrics["valid_log_px"])
+        drawn.add(guide)
     # The first validations lie far below what the plot is about.
     values = np.concatenate([np.array(one) for one in last])
     ends = np.array([one[-1] for one in last])
@@ -96,50 +108,8 @@ def log_px_curves(
     return axes
 
 
-#: Images that are shown with their reconstructions, in five rows.
-SHOWN = 50
-
-
-@torch.no_grad()
-def traversals(
-    axes: Axes, vae: VAE, x: Tensor, *, title: str, columns: int = 11, rows: int = 10
-) -> Axes:
-    """Draws what single latents of an image do: each row moves one over [-2.5, 2.5].
-
-    The rows are the latents whose posterior means vary most over ``x``, the others those of the
-    first image.
-    """
-    means = vae.posterior(x).sample(torch.Size((64,))).mean(0)
-    # Of two levels, those that the decoder sees.
-    order = means[:, : vae.latent_dim].var(0).argsort(descending=True)[:rows]
-    latents = means[0].expand(len(order), columns, -1).clone()
-    at = torch.linspace(-2.5, 2.5, columns, device=x.device)
-    latents.scatter_(
-        2, order.view(-1, 1, 1).expand(-1, columns, 1), at.view(1, -1, 1).expand(len(order), -1, 1)
-    )
-    return plots.images(axes, vae.decoder(latents.flatten(0, 1)).mean, title=title, columns=columns)
-
-
-@torch.no_grad()
-def model_figure(vae: VAE, x: Tensor, *, name: str) -> Figure:
-    """Images with their reconstructions below them, samples of the model, latent traversals.
-
-    :param Tensor x: images, ``SHOWN`` at least.
-    """
-    figure, axes = plots.subplots(1, 3, width=4.6, height=4.6)
-    shown = x[:SHOWN].reshape(5, 10, -1)
-    again = vae.decoder(vae.posterior(x[:SHOWN]).sample()).mean.reshape(5, 10, -1)
-    both = torch.stack([shown, again], 1).reshape(2 * SHOWN, -1)
-    plots.images(axes[0], both, title=f"{name}: images, reconstructions below")
-    prior = vae.prior(x).sample(torch.Size((100,)))
-    plots.images(axes[1], vae.decoder(prior).mean, title="samples of the model")
-    traversals(axes[2], vae, x, title="one latent a row, from -2.5 to 2.5")
-    return figure
-
-
 def posterior_figure(columns: Mapping[str, Sequence[PlanePosterior]]) -> Figure:
-    """The posteriors of some images: contours of the true one, which enclose 50, 90 and 99 % of it,
-    over draws of the guide.
+    """The posteriors of some images: draws of the guide over the true one.
 
     :param columns: by name of the run the same images for each.
     """
@@ -147,19 +117,10 @@ def posterior_figure(columns: Mapping[str, Sequence[PlanePosterior]]) -> Figure:
     figure, axes = plots.subplots(len(columns), count, width=3.0, height=3.2)
     for row, (name, posteriors) in enumerate(columns.items()):
         for column, one in enumerate(posteriors):
-            _draw(axes[row * count + column], one, name if column == 0 else "")
+            panel = axes[row * count + column]
+            point_posterior(panel, one, colour="C3")
+            panel.set(ylabel=name if column == 0 else "", title=f"KL {one.kl:.2f}")
     return figure
-
-
-def _draw(axes: Axes, one: PlanePosterior, name: str) -> None:
-    (left, right), (bottom, top) = one.shown
-    axes.scatter(*one.draws[:3000].cpu().numpy().T, s=2, alpha=0.35, linewidths=0, color="C3")
-    masses = one.log_masses.exp()
-    levels = plots.mass_levels(masses)
-    centres = [axis.cpu().numpy() for axis in one.centres]
-    axes.contour(*centres, masses.mT.cpu().numpy(), levels=levels, colors="k", linewidths=0.8)
-    axes.set(xlim=(left, right), ylim=(bottom, top), ylabel=name, title=f"KL {one.kl:.2f}")
-    axes.tick_params(labelsize=7)
 
 
 def _plane(runs: Mapping[Path, tuple[Config, VAE]], options: Options) -> list[Path]:
@@ -219,6 +180,7 @@ def draw(options: Options) -> list[Path]:
     given = {"data_dir": options.data_dir, "device": options.device}
     changes = {name: value for name, value in given.items() if value is not None}
     metrics: dict[str, list[dict[str, list[float]]]] = defaultdict(list)
+    guides: dict[str, Guide] = {}
     plane: dict[Path, tuple[Config, VAE]] = {}
     written = []
     for run in options.runs:
@@ -238,18 +200,18 @@ def draw(options: Options) -> list[Path]:
             raise UserError(f"{run}: expected a run on images, found {config.preset}")
         if not config.train_on_valid:  # such a run has no validation figures
             metrics[label].append(found)
+            guides[label] = config.guide
         x = build_data(config).subset("test", 500, options.seed).to(config.device)
-        if len(x) < SHOWN:
-            raise UserError(f"{run}: expected {SHOWN} test images at least, found {len(x)}")
         torch.manual_seed(options.seed)
         written.append(
-            plots.save(model_figure(vae, x, name=config.preset), options.out / f"{run.name}.png")
+            plots.save(image_figure(vae, x, name=config.preset), options.out / f"{run.name}.png")
         )
         if vae.latent_dim == 2:
             plane[run] = (config, vae)
     if metrics:
         figure, axes = plots.subplots(1, 1, width=7, height=5)
-        log_px_curves(axes[0], metrics, title="importance-sampled log p(x) while training")
+        title = "importance-sampled log p(x) while training"
+        log_px_curves(axes[0], metrics, guides, title=title)
         written.append(plots.save(figure, options.out / "log_px.png"))
     return written + (_plane(plane, options) if plane else [])
 

@@ -70,6 +70,9 @@ class _Density:
 
         fn.density = density
 
+    def _warn_of_one_draw(self, name: str) -> None:
+        """No guide learns here."""
+
     def _get_traces(self, *args: Any) -> Any:
         attached: list[Implicit] = self._attached  # type: ignore[attr-defined]
         for pair in super()._get_traces(*args):  # type: ignore[misc]

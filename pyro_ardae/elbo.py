@@ -301,7 +301,7 @@ class _ImplicitELBO:
         site = self._site(name, fn, value)
 
         learning = self._learning and not self._frozen
-        if learning and self.num_particles == 1 and source.batch_shape.numel() == 1:
+        if learning and self.num_particles == 1 and fn.batch_shape.numel() == 1:
             self._warn_of_one_draw(name)
         learns = learning and site.runs % self.score_interval == 0
         draws = learns or site.estimator.needs_samples
@@ -311,9 +311,8 @@ class _ImplicitELBO:
         for update in range(self.num_score_updates if learns else 0):
             if update:
                 samples, _ = draw(center=False)
-            learned = self._some((samples, context, center), source.batch_shape)
             site.num_draws = count
-            site.loss = site.estimator.update(*learned[:2], center=learned[2])
+            site.learn(*self._some((samples, context, center), source.batch_shape))
         site.runs += learning
 
         def score(of: Implicit, at: Tensor) -> Tensor:
@@ -322,7 +321,7 @@ class _ImplicitELBO:
             batch = samples.shape[1:]
             with torch.no_grad():
                 at = at.reshape((-1, *batch))
-                result = site.estimator(at, samples, context, center=center).detach()
+                result = site.score(at, samples, context, center)
             if draws:
                 site.last = (result, at, samples)
             return result.reshape(shape)

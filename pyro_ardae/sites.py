@@ -87,12 +87,32 @@ class Site:
         self._kind: tuple[torch.device, torch.dtype] | None = None
 
     def follow(self, value: Tensor) -> None:
-        """Take the estimator to the device and dtype of the site's value."""
-        kind = value.device, value.dtype
+        """Take the estimator to the device and dtype of the site's value, single precision at
+        least: under ``torch.autocast`` a sampler may return half precision.
+        """
+        kind = value.device, torch.promote_types(value.dtype, torch.float32)
         if kind != self._kind:
             with torch.inference_mode(False):
                 self.estimator.to(*kind)
             self._kind = kind
+
+    def learn(self, samples: Tensor, context: Tensor | None, center: Tensor | None) -> None:
+        """Update the estimator by draws ``[S, *batch, D]``, in its own precision."""
+        with torch.autocast(samples.device.type, enabled=False):
+            samples, context, center = self._in_precision(samples, context, center)
+            self.loss = self.estimator.update(samples, context, center=center)
+
+    def score(
+        self, value: Tensor, samples: Tensor, context: Tensor | None, center: Tensor | None
+    ) -> Tensor:
+        """The score at values ``[N, *batch, D]``, estimated in the estimator's precision."""
+        with torch.autocast(value.device.type, enabled=False):
+            at, samples, context, center = self._in_precision(value, samples, context, center)
+            return self.estimator(at, samples, context, center=center).detach().to(value.dtype)
+
+    def _in_precision(self, *tensors: Any) -> tuple[Any, ...]:
+        assert self._kind is not None
+        return tuple(None if one is None else one.to(self._kind[1]) for one in tensors)
 
     def diagnostics(self) -> dict[str, float]:
         result = {} if self.loss is None else {"score_loss": float(self.loss)}

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from inference.agents.options import Config
 from inference.agents.policy import ImplicitPolicy, Policy, Proposal
-from inference.agents.presets import Config
 from inference.agents.replay import Batch
 
 __all__ = ["ActionValue", "Agent"]

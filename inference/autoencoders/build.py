@@ -14,7 +14,8 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor, nn
 
 from inference.autoencoders.avb import AdversarialScore
-from inference.autoencoders.data import BinarizedMNIST, Dataset, ToyData, load_binarized_mnist
+from inference.autoencoders.binarized_mnist import load_binarized_mnist
+from inference.autoencoders.data import BinarizedMNIST, Dataset, ToyData
 from inference.autoencoders.dynamic_mnist import DynamicMNIST, load_images
 from inference.autoencoders.missing import MissingPixels
 from inference.autoencoders.options import SCORED, Config

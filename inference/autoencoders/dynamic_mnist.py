@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from inference.autoencoders.batches import Order, chosen, generator
-from inference.autoencoders.data import find_data_dir
+from inference.autoencoders.binarized_mnist import find_data_dir
 from inference.shared.errors import UserError
 
 __all__ = ["DynamicMNIST", "load_images"]
@@ -83,7 +83,7 @@ def load_images(
 ) -> dict[str, Tensor]:
     """Loads grey images by torchvision.
 
-    :param Path data_dir: see :func:`inference.autoencoders.data.find_data_dir`.
+    :param Path data_dir: see :func:`inference.autoencoders.binarized_mnist.find_data_dir`.
     :param str name: ``"mnist"`` or ``"fashion-mnist"``.
     :param bool download: whether to download files that are not there.
     :returns: ``uint8 [n, 784]`` by name of the split. Validation images are the last sixth of the

@@ -128,8 +128,7 @@ def _modes(vae: VAE, seed: int) -> dict[str, float]:
     together; 86 % are expected.
     """
     with forked_rng(seed):
-        prior = vae.prior(next(vae.parameters()))
-        samples = vae.decoder(prior.sample(torch.Size((10_000,)))).sample().cpu()
+        samples = vae.draw(10_000, next(vae.parameters())).cpu()
     distance, nearest = torch.cdist(samples, toy.modes()).min(-1)
     near = nearest[distance < 2 * math.sqrt(toy.VARIANCE)]
     counts = torch.bincount(near, minlength=25)

@@ -17,9 +17,15 @@ from inference.shared.plots import images, mass_levels, scatter, subplots
 from inference.shared.precision import full_precision
 from models.vae import VAE
 
-__all__ = ["mnist_figure", "point_posterior", "toy_comparison", "toy_figure"]
+__all__ = ["image_figure", "point_posterior", "toy_comparison", "toy_figure"]
+
+#: Images that are shown with their reconstructions at most, in five rows.
+_SHOWN = 50
 
 _NUM_POINTS = 4000
+
+#: Draws of a posterior that are shown at most.
+_DRAWS = 3000
 
 
 def point_posterior(axes: Axes, one: PlanePosterior, *, colour: str) -> Axes:
@@ -30,7 +36,7 @@ def point_posterior(axes: Axes, one: PlanePosterior, *, colour: str) -> Axes:
     levels = [*mass_levels(masses), float(masses.max())]
     centres = [axis.cpu().numpy() for axis in one.centres]
     axes.contourf(*centres, masses.mT.numpy(), levels=levels, colors=["0.9", "0.75", "0.55"])
-    axes.scatter(*one.draws.cpu().numpy().T, s=3, alpha=0.6, linewidths=0, color=colour)
+    axes.scatter(*one.draws[:_DRAWS].cpu().numpy().T, s=3, alpha=0.6, linewidths=0, color=colour)
     (left, right), (bottom, top) = one.shown
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.tick_params(labelsize=7)
@@ -75,12 +81,36 @@ def _points(axes: Sequence[Axes], vae: VAE, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def mnist_figure(vae: VAE, x: Tensor) -> Figure:
-    """Data, reconstruction (pixel means) and samples (pixel means)."""
-    x = x[:100]
-    figure, axes = subplots(1, 3)
+def _traversals(
+    axes: Axes, vae: VAE, x: Tensor, *, title: str, columns: int = 11, rows: int = 10
+) -> Axes:
+    """Draws what single latents of an image do: each row moves one over [-2.5, 2.5].
+
+    The rows are the latents whose posterior means vary most over ``x``, the others those of the
+    first image.
+    """
+    means = vae.posterior(x).sample(torch.Size((64,))).mean(0)
+    # Of two levels, those that the decoder sees.
+    order = means[:, : vae.latent_dim].var(0).argsort(descending=True)[:rows]
+    latents = means[0].expand(len(order), columns, -1).clone()
+    at = torch.linspace(-2.5, 2.5, columns, device=x.device)
+    latents.scatter_(
+        2, order.view(-1, 1, 1).expand(-1, columns, 1), at.view(1, -1, 1).expand(len(order), -1, 1)
+    )
+    return images(axes, vae.decoder(latents.flatten(0, 1)).mean, title=title, columns=columns)
+
+
+@torch.no_grad()
+def image_figure(vae: VAE, x: Tensor, *, name: str) -> Figure:
+    """Images with their reconstructions below them, samples of the model, latent traversals."""
+    figure, axes = subplots(1, 3, width=4.6, height=4.6)
+    columns = min(10, len(x))
+    shown = x[: min(_SHOWN, len(x)) // columns * columns]
+    again = vae.decoder(vae.posterior(shown).sample()).mean
+    both = torch.stack([part.unflatten(0, (-1, columns)) for part in (shown, again)], 1)
+    title = f"{name}: images, reconstructions below"
+    images(axes[0], both.flatten(0, 2), title=title, columns=columns)
     prior = vae.prior(x).sample(torch.Size((100,)))
-    images(axes[0], x, title="data")
-    images(axes[1], vae.decoder(vae.posterior(x).sample()).mean, title="reconstruction")
-    images(axes[2], vae.decoder(prior).mean, title="samples of the model")
+    images(axes[1], vae.decoder(prior).mean, title="samples of the model")
+    _traversals(axes[2], vae, x, title="one latent a row, from -2.5 to 2.5")
     return figure

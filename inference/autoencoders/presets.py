@@ -30,6 +30,7 @@ __all__ = [
     "build_score_estimator",
     "build_vae",
     "check",
+    "check_range",
 ]
 
 _TOY = Config(
@@ -308,13 +309,21 @@ def _in_range(config: Config) -> list[tuple[bool, str, str]]:
     return [(holds, name.replace("_", "-"), expected) for holds, name, expected in conditions]
 
 
+def check_range(config: Config) -> None:
+    """Refuses options out of range.
+
+    :raises UserError: naming the first of them.
+    """
+    check_options(config, _in_range(config))
+
+
 def check(config: Config) -> None:
     """Refuses options out of range, and those that a run would ignore.
 
     :raises UserError: for the first of them: one that the preset does not read must have the
         preset's default.
     """
-    check_options(config, _in_range(config))
+    check_range(config)
     check_device(config.device)
     presets = PAPER_PRESETS if config.schedule == "paper" else PRESETS
     if config.preset not in presets:

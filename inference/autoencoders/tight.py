@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inference.autoencoders.ais import annealed_importance_sampling, refine_gaussian
 from inference.autoencoders.entropy import fit_energy, implicit_elbo
+from inference.autoencoders.options import Config
 from inference.shared.errors import UserError, check_options, positive
 from inference.shared.files import write_arrays
 from inference.shared.randomness import forked_rng
@@ -73,9 +74,11 @@ class Tight:
     """Others whose noise the density of each of these draws is averaged over."""
 
 
-def check_tight(options: Tight) -> None:
+def check_tight(options: Tight, config: Config) -> None:
     """Refuses options out of range.
 
+    :param Tight options: options of the estimate.
+    :param Config config: those of the run that it is for.
     :raises UserError: naming the first of them.
     """
     names = ("temperatures", "leapfrog", "start_samples", "elbo_samples")
@@ -86,6 +89,9 @@ def check_tight(options: Tight) -> None:
         conditions.append((getattr(options, name) >= 2, name, "2 at least"))
     for name in not_negative:
         conditions.append((getattr(options, name) >= 0, name.replace("_", "-"), "0 at least"))
+    # A Gaussian is fitted to draws of the guide.
+    least = config.least_guide_samples
+    conditions.append((options.start_samples >= least, "start-samples", f"two a latent, {least}"))
     check_options(options, conditions)
 
 

@@ -20,6 +20,7 @@ from inference.autoencoders.surrogate import surrogate_loss
 from inference.shared.errors import UserError
 from inference.shared.optim import TorchOptim
 from inference.shared.randomness import load_rng_state, rng_state
+from inference.shared.schedules import annealed
 from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
 
@@ -106,12 +107,10 @@ class Training:
     @property
     def beta(self) -> float:
         """Weight of the KL terms at the next step."""
-        if self.steps_done >= self.config.beta_steps:
-            return 1.0
-        start, remaining = self.config.beta_start, 1 - self.steps_done / self.config.beta_steps
-        if self.config.beta_shape == "linear":
-            return 1 - remaining * (1 - start)
-        return float(start**remaining)
+        start, steps = self.config.beta_start, self.config.beta_steps
+        if self.config.beta_shape == "geometric":
+            return annealed(self.steps_done, start, steps)
+        return 1 - max(0.0, 1 - self.steps_done / steps) * (1 - start) if steps else 1.0
 
     @property
     def decay(self) -> float:

@@ -27,7 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from inference.agents.presets import PRESETS, TASKS, AgentName, Config, check
+from inference.agents.options import TASKS, AgentName, Config, check
+from inference.agents.presets import PRESETS
 from inference.shared.errors import UserError, check_options, needs, some_seeds
 from inference.shared.randomness import seed_of
 from inference.shared.rows import write_csv

@@ -25,12 +25,14 @@ from inference.shared.precision import process_precision
 from pyro_ardae import TraceImplicit_ELBO
 
 __all__ = [
+    "FixedImages",
     "baseline",
     "bench_rows",
     "check_rows",
     "config_of",
     "describe_rows",
     "step_times",
+    "turn",
 ]
 
 
@@ -103,7 +105,14 @@ class _Stopwatch:
         return self.clock()
 
 
-class _Fixed:
+def turn(training: Training) -> int:
+    """Takes as many steps as it takes until the score has been learned; their number."""
+    for _ in range(training.config.score_interval):
+        training.step()
+    return training.config.score_interval
+
+
+class FixedImages:
     """One minibatch, with pixels as dark as MNIST's: the arithmetic is the same for any."""
 
     def __init__(self, batch_size: int, device: str) -> None:
@@ -143,10 +152,8 @@ class _Row:
         """Takes as many steps as it takes until the score has been learned; seconds of one in all,
         and of them in the score estimators.
         """
-        count, self.score_seconds = self.training.config.score_interval, 0.0
-        start = self.clock()
-        for _ in range(count):
-            self.training.step()
+        self.score_seconds, start = 0.0, self.clock()
+        count = turn(self.training)
         return (self.clock() - start) / count, self.score_seconds / count
 
 
@@ -193,6 +200,14 @@ def step_times(
     }
 
 
+#: Options of a run that say nothing of a step.
+_NOT_TIMED = (
+    *("schedule", "steps", "budget_seconds", "threads", "data_dir", "download", "out", "resume"),
+    *("decoder", "train_on_valid", "checkpoint_every", "valid_every", "valid_points"),
+    *("valid_samples", "test_points", "test_samples", "guide_samples", "prior_weight"),
+)
+
+
 def bench_rows(
     rows: tuple[str, ...],
     *,
@@ -217,10 +232,13 @@ def bench_rows(
     :raises UserError: for a row that is none, cannot run, or has one of these options itself.
     """
     options = {"batch_size": batch_size, "precision": precision, "device": device, "seed": seed}
-    check_rows(rows, set_here=(*options, "schedule"))
+    check_rows(rows, set_here=(*options, *_NOT_TIMED))
+    configs = {name: dataclasses.replace(config_of(name), **options) for name in rows}
+    for config in configs.values():
+        check(config)
     times = step_times(
-        {name: dataclasses.replace(config_of(name), **options) for name in rows},
-        lambda config: _Fixed(config.batch_size, config.device),
+        configs,
+        lambda config: FixedImages(config.batch_size, config.device),
         steps=steps,
         warmup=warmup,
         # On a CPU, others compete for it.

@@ -22,7 +22,9 @@ import numpy as np
 import torch
 
 from inference.agents.agent import Agent
-from inference.agents.presets import PRESETS, AgentName, build_critic, build_policy
+from inference.agents.build import build_critic, build_policy
+from inference.agents.options import AgentName
+from inference.agents.presets import PRESETS
 from inference.agents.replay import Batch, Replay
 from inference.shared.clock import Clock, clock_of, median_seconds
 from inference.shared.errors import check_options, needs

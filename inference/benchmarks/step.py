@@ -7,7 +7,8 @@ It has the shapes of the MNIST preset (batch 128), in two variants that take tur
 so that a slow moment of the machine meets both:
 
 - explicit: ``Trace_ELBO`` with the Gaussian guide;
-- implicit: ``TraceImplicit_ELBO`` with the implicit guide of the same size, score updates included;
+- implicit: ``TraceImplicit_ELBO`` with the implicit guide of the same size, score updates included
+  in the share of steps that have one, without draws of the model;
 - score: loss and gradient of an optimizer step of the score network alone, and its matrix products
   alone, of the shapes that it has in the implicit variant.
 
@@ -31,17 +32,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pyro
 import torch
 import tyro
-from pyro.infer import SVI
 
-from inference.autoencoders.presets import PRESETS, build_loss, build_vae
+from inference.autoencoders.presets import PRESETS, check
+from inference.autoencoders.training import Training
+from inference.benchmarks.rows import FixedImages, turn
 from inference.shared.clock import clock_of, median_seconds
-from inference.shared.optim import TorchOptim
 from pyro_ardae.score.student import Student
 from pyro_ardae.score.whitened import WhitenedEstimator
 
@@ -70,10 +72,9 @@ class Step(_Shapes):
     """Times one SVI step, implicit against explicit guide."""
 
     steps: int = 200
-    """Timed steps of each variant; with --rows timed turns, each of as many steps as it takes until
-    the score has been learned."""
+    """Timed turns of each, of as many steps as it takes until the score has been learned."""
     warmup: int = 20
-    """Steps of each before the clock runs."""
+    """Turns of each before the clock runs."""
     memory_steps: int = 20
     """Steps of the processes that measure memory; 0 leaves it out."""
     rows: tuple[str, ...] = ()
@@ -94,22 +95,18 @@ class Memory(_Shapes):
     """Steps."""
 
 
-def _build_step(variant: str, options: _Shapes) -> tuple[Callable[[], Any], Any]:
-    """A training step, and its loss."""
+def _training(variant: str, options: _Shapes) -> Training:
+    """A variant in training, its score estimators built."""
     config = dataclasses.replace(
         PRESETS[VARIANTS[variant]][1],
         precision=options.precision,
         batch_size=options.batch_size,
+        fantasy_share=0.0,
     )
-    vae = build_vae(config, name=variant)
-    adam = torch.optim.Adam(
-        vae.parameters(), lr=config.learning_rate, eps=config.adam_eps, fused=True
-    )
-    loss = build_loss(config)
-    svi = SVI(vae.model, vae.guide, TorchOptim(vae, adam, clip=config.clip), loss=loss)
-    # Pixels as dark as MNIST's: the arithmetic is the same for any.
-    x = torch.bernoulli(torch.full((config.batch_size, 784), 0.13))
-    return lambda: svi.step(x), loss
+    check(config)
+    training = Training(config, FixedImages(config.batch_size, config.device), name=variant)
+    training.step()
+    return training
 
 
 def _build_score(
@@ -149,14 +146,11 @@ def _build_gemm(dtype: torch.dtype) -> Callable[[], Any]:
 def bench_step(options: Step) -> dict[str, Any]:
     """Runs the step benchmark; returns its figures."""
     pyro.set_rng_seed(options.seed)
-    explicit, _ = _build_step("explicit", options)
-    implicit, loss = _build_step("implicit", options)
-    implicit()  # builds the estimator
-    (estimator,) = loss.estimators.values()
+    trainings = {variant: _training(variant, options) for variant in VARIANTS}
+    (estimator,) = trainings["implicit"].loss.estimators.values()
     score, products = _build_score(estimator, options.batch_size)
     jobs = {
-        "explicit": explicit,
-        "implicit": implicit,
+        **{variant: partial(turn, training) for variant, training in trainings.items()},
         "score": score,
         "products": products,
         "fp32": _build_gemm(torch.float32),
@@ -165,6 +159,8 @@ def bench_step(options: Step) -> dict[str, Any]:
     median = median_seconds(
         jobs, turns=options.steps, warmup=options.warmup, clock=clock_of("wall")
     )
+    for variant, training in trainings.items():
+        median[variant] /= training.config.score_interval
     flop = 2 * GEMM_SHAPE[0] * GEMM_SHAPE[1] * GEMM_SHAPE[2]
     figures: dict[str, Any] = {
         "ms": {variant: 1e3 * median[variant] for variant in VARIANTS},
@@ -197,10 +193,10 @@ def measure_memory(options: Memory) -> dict[str, int]:
     """Peak memory of this process in bytes, by steps of one variant."""
     pyro.set_rng_seed(options.seed)
     before = _peak()
-    step, _ = _build_step(options.variant, options)
+    training = _training(options.variant, options)
     own: list[int] = []
     for _ in range(options.steps):
-        step()
+        training.step()
         own += _status("RssAnon")
     figures = {"total": _peak(), "above_imports": _peak() - before}
     return figures | ({"own": max(own)} if own else {})

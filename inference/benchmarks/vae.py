@@ -20,6 +20,7 @@ interrupted is resumed from its last checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import statistics
 from collections.abc import Iterable, Mapping
@@ -44,6 +45,7 @@ from inference.benchmarks.vae_table import (
 )
 from inference.shared.clock import Clock
 from inference.shared.errors import UserError, check_device, check_options, positive, some_seeds
+from inference.shared.files import write_text
 from inference.shared.rows import Row, write_rows
 from inference.shared.run import RunFolder, make_folder
 from inference.vae import run
@@ -92,11 +94,11 @@ class Vae:
     """Options of annealed importance sampling."""
 
 
-def _step_times(options: Vae) -> dict[str, dict[str, float]]:
+def _step_times(rows: Iterable[str], options: Vae) -> dict[str, dict[str, float]]:
     """Milliseconds of a step of each row: all, in the score estimators, the rest."""
     changes = {"device": options.device, "data_dir": options.data_dir}
     times = step_times(
-        {row: dataclasses.replace(config_of(row), **changes) for row in options.rows},
+        {row: dataclasses.replace(config_of(row), **changes) for row in rows},
         build_data,
         steps=options.timed_steps,
         warmup=options.warmup,
@@ -116,25 +118,27 @@ def bench_vae(options: Vae) -> Path:
         found = ", ".join(map(repr, options.rows))
         raise UserError(f"--rows: expected different ones, found {found}")
     check_device(options.device)
-    check_tight(options.tight)
     conditions = positive(options, "steps", "budget_seconds", "timed_steps")
     check_options(options, [*conditions, *some_seeds(options)])
     for row in options.rows:
-        check(_config(row, options.seeds[0], options))
+        config = _config(row, options.seeds[0], options)
+        check(config)
+        check_tight(options.tight, config)
     make_folder(options.out)
     _settle(options)
     path = options.out / "steps.csv"
     steps = read_steps(path)
     missing = tuple(row for row in options.rows if row not in steps)
     if missing:
-        steps |= _at_pace(_step_times(options), steps)
+        known = [row for row in steps if row in options.rows] or [*steps][:1]
+        steps |= _at_pace(_step_times([*known, *missing], options), steps)
         write_rows(path, {(row,): figures for row, figures in steps.items()}, STEP_COLUMNS)
     for row in options.rows:
         print("{}: {step_ms:.2f} ms a step, {score_ms:.2f} of it score".format(row, **steps[row]))
     runs = [(row, seed) for seed in options.seeds for row in options.rows]
     for row, seed in runs:
         path = _folder(options, row, seed)
-        if not (path / "results.json").exists():
+        if not _finished(path):
             _train(path, row, seed, steps[row]["step_ms"], options)
         if not _evaluated(path, options.tight):
             config, vae = restore(path, data_dir=options.data_dir, device=options.device)
@@ -144,7 +148,7 @@ def bench_vae(options: Vae) -> Path:
         results = collect(options.out, _done(options, steps), steps)
         write_results(options.out / "results.csv", results)
         text = table(options.out, results, budget=_budget(options))
-        (options.out / "table.md").write_text(text)
+        write_text(options.out / "table.md", text)
     print(f"\n{text}")
     return options.out
 
@@ -190,6 +194,7 @@ def _settle(options: Vae) -> None:
         *("test_points", "test_samples"),
     )
     settled = {name: getattr(options, name) for name in names}
+    settled["tight"] = dataclasses.asdict(options.tight)
     if (options.out / "config.json").exists():
         RunFolder.require(options.out, settled, may_differ=())
     else:
@@ -233,7 +238,7 @@ def _config(row: str, seed: int, options: Vae) -> Config:
 #: Options of a run that are the benchmark's to set.
 _SET_HERE = (
     *("seed", "steps", "budget_seconds", "threads", "device", "data_dir", "out", "resume"),
-    *("schedule", "test_points", "test_samples"),
+    *("schedule", "valid_every", "checkpoint_every", "test_points", "test_samples"),
 )
 
 #: Options that are counted in steps, and stretched with their number.
@@ -245,11 +250,16 @@ def _stretched(config: Config, steps: int) -> dict[str, int]:
     schedule = {name: round(getattr(config, name) * factor) for name in _SCHEDULE}
     # 20 validations, whatever the preset's number, so that curves are alike and cost a tenth at
     # most.
-    every = max(1, steps // 20)
+    every = math.ceil(steps / 20)
     return schedule | {"steps": steps, "valid_every": every, "checkpoint_every": every}
 
 
+def _finished(path: Path) -> bool:
+    """Whether a run was trained to its end: an evaluation of one that was not has no steps."""
+    return "steps" in RunFolder(path, ()).read_json("results.json")
+
+
 def _evaluated(path: Path, tight: Tight) -> bool:
-    """Whether a run has the figures of annealed importance sampling, with these options."""
+    """Whether it also has the figures of annealed importance sampling, with these options."""
     recorded = RunFolder(path, ()).read_json("results.json")
-    return recorded.get("ais_options") == dataclasses.asdict(tight)
+    return _finished(path) and recorded.get("ais_options") == dataclasses.asdict(tight)

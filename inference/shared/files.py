@@ -14,7 +14,7 @@ import numpy as np
 
 from inference.shared.errors import UserError
 
-__all__ = ["replacing", "write_arrays"]
+__all__ = ["replacing", "write_arrays", "write_text"]
 
 
 @contextmanager
@@ -29,6 +29,15 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: expected a writable file, found: {error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file.
+
+    :raises UserError: if it cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Schedules over the share of a run that is done, whatever it is measured in."""
+"""Schedules over what of a run is done, whatever it is measured in."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import math
 __all__ = ["annealed", "cosine_decay"]
 
 
-def annealed(progress: float, start: float, share: float) -> float:
-    """From ``start`` to 1, geometrically, over the first ``share`` of the run.
+def annealed(progress: float, start: float, end: float) -> float:
+    """From ``start`` to 1, geometrically, until ``end``.
 
-    :param float progress: share of the run that is done, in [0, 1].
+    :param float progress: what of the run is done, >= 0: a share, or steps.
     :param float start: value at the first step, > 0.
-    :param float share: in [0, 1]; 0: it is 1 throughout.
+    :param float end: in the same unit, >= 0; 0: it is 1 throughout.
     """
-    return start ** max(0.0, 1 - progress / share) if share else 1.0
+    return float(start ** max(0.0, 1 - progress / end)) if end else 1.0
 
 
 def cosine_decay(progress: float, start: float) -> float:

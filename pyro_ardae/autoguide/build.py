@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from pyro import poutine
 from pyro.nn.module import PyroModule
 from torch import Tensor
 
-from pyro_ardae.autoguide.encoders import Encoders
 from pyro_ardae.autoguide.layout import Group
 from pyro_ardae.autoguide.posterior import RowPosterior
 
@@ -49,10 +45,7 @@ def add_parts(
     groups: Sequence[Group],
     networks: Networks,
     start: Mapping[str, Tensor],
-    encoders: Encoders,
-    hidden: set[str],
-    args: Any,
-    kwargs: Any,
+    features: Mapping[str, Tensor],
 ) -> int:
     """Adds the posterior of every group to a module, under the group's name.
 
@@ -60,44 +53,48 @@ def add_parts(
     :param groups: the globals first, if there are any.
     :param networks: options.
     :param start: initial values on the reals, by site.
-    :param encoders: encoders of the guide.
-    :param hidden: plates whose subsample the model's caller determines, unseen by the guide.
-    :param args: what the model is called with, also ``kwargs``.
+    :param features: what encoders make of the rows, by the group's name.
     :returns: dimensions of the globals.
-    :raises ValueError: for a group in such a plate, without an encoder of those rows.
     """
     global_dim = 0
     for group in groups:
-        with torch.no_grad(), poutine.block():
-            features = encoders.features(group, args, kwargs)
-        _check_rows(group, features, sorted(hidden & set(group.plates)))
+        rows = features.get(group.name)
         part = RowPosterior(
             group.pack(start),
             networks.init_scale,
             condition_dim=global_dim if group.plates else 0,
             embedding_dim=networks.embedding_dim if group.plates else 0,
-            feature_dim=None if features is None else features.shape[-1],
+            feature_dim=None if rows is None else rows.shape[-1],
             extra_noise=networks.extra_noise,
             hidden_dims=networks.hidden_dims,
             gain=networks.gain,
             input_scale=networks.input_scale,
         )
         setattr(posterior, group.name, part)
-        part.load_from_store()
+        part.load_from_store(f"{posterior._pyro_name}.{group.name}")
         if not group.plates:
             global_dim = group.dim
     return global_dim
 
 
-def _check_rows(group: Group, features: Tensor | None, hidden: list[str]) -> None:
+def check_rows(
+    group: Group, features: Tensor | None, hidden: Sequence[str], *, part_of_list: bool
+) -> None:
+    """Refuse a group of rows that the guide does not know.
+
+    :param features: what the encoder makes of them, if there is one.
+    :param hidden: plates of the group whose subsample the model's caller determines.
+    :param part_of_list: whether an AutoGuideList makes the plates.
+    :raises ValueError: for such a plate, without an encoder of those rows.
+    """
     if not hidden:
         return
-    if features is None:
+    if features is None or part_of_list:
+        remedy = "." if part_of_list else ", or an encoder=… that tells rows apart by their data."
         raise ValueError(
             f"AutoImplicit: the model's plate '{hidden[0]}' is given its subsample by the caller, "
             "so the guide does not know which rows it is about. Pass create_plates=…, which "
-            "returns that plate with the same subsample, or an encoder=… that tells rows apart by "
-            "their data."
+            f"returns that plate with the same subsample{remedy}"
         )
     if features.shape[:-1] != group.rows:
         raise ValueError(

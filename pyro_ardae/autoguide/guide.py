@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NoReturn
 
 import pyro
@@ -18,10 +19,10 @@ from pyro.nn.module import PyroModule
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_ardae.autoguide.build import Networks, add_parts
+from pyro_ardae.autoguide.build import Networks, add_parts, check_rows
 from pyro_ardae.autoguide.encoders import Encoder, Encoders
 from pyro_ardae.autoguide.layout import Group, find_groups, point_mass
-from pyro_ardae.autoguide.prototype import check_structure, unconstrain
+from pyro_ardae.autoguide.prototype import check_structure, plate_frames, unconstrain
 from pyro_ardae.autoguide.quantiles import (
     checked_levels,
     decreases,
@@ -164,10 +165,33 @@ class AutoImplicit(AutoGuide):
         )
         start = {name: unconstrain(site) for name, site in self._latents()}
         self.posterior = PyroModule()
-        hidden = explicit - set(created)
-        self.latent_dim = add_parts(
-            self.posterior, self._groups, self.networks, start, self.encoders, hidden, args, kwargs
-        )
+        self._hidden = explicit - set(created)
+        features = {
+            group.name: rows
+            for group in self._groups
+            if (rows := self._features(group, args, kwargs)) is not None
+        }
+        self._num_rows = dict(self._rows_of(features))
+        for group in self._groups:
+            check_rows(
+                group,
+                features.get(group.name),
+                sorted(self._hidden & {*group.plates}),
+                part_of_list=self.master is not None,
+            )
+        self.latent_dim = add_parts(self.posterior, self._groups, self.networks, start, features)
+
+    @torch.no_grad()
+    def _features(self, group: Group, args: Any, kwargs: Any) -> Tensor | None:
+        with poutine.block():
+            return self.encoders.features(group, args, kwargs)
+
+    def _rows_of(self, features: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
+        """Plates whose rows an encoder sees, and how many."""
+        for group in self._groups:
+            if group.name in features:
+                for name, dim in zip(group.plates, group.local_dims, strict=True):
+                    yield name, features[group.name].shape[dim - 1]
 
     def _latents(self) -> Iterator[tuple[str, Any]]:
         sites: Iterator[tuple[str, Any]] = self.prototype_trace.iter_stochastic_nodes()
@@ -220,9 +244,13 @@ class AutoImplicit(AutoGuide):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A group's implicit site y, its latents on the reals, and the log of the Jacobian."""
         part = getattr(self.posterior, group.name)
-        if features is not None and features.shape[:-1] == group.full_rows:
-            features = pyro.subsample(features, event_dim=1)
-        rows = part.describe(features)
+        # Rows that are those of the subsample already are taken as they are.
+        frames = [self._prototype_frames[name] for name in group.plates]
+        full = [frame.full_size or frame.size for frame in frames]
+        given = [] if features is None else [features.shape[dim - 1] for dim in group.local_dims]
+        whole = features is None or given == full
+        subsample = {"subsample": partial(pyro.subsample, event_dim=1)} if whole else {}
+        rows = part.describe(features, **subsample)
         name = f"_{group.label}" if group.plates else ""
         y = pyro.sample(
             f"_{self._pyro_name}{name}_latent",
@@ -243,24 +271,44 @@ class AutoImplicit(AutoGuide):
         return self._sample(self._groups[0], None, None)[1]
 
     def _plates(self, features: dict[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Plates by name; those of encoded rows as large as the features of this call."""
+        """Plates by name; those of encoded rows as large as in the model of this call."""
         guide = self if self.master is None else self.master()
-        for group in self._groups:
-            if group.name not in features or guide.create_plates is not None:
-                continue
-            for name, dim in zip(group.plates, group.local_dims, strict=True):
-                size, frame = features[group.name].shape[dim - 1], self._prototype_frames[name]
-                if size in (frame.size, frame.full_size):
-                    continue
-                if self.master is not None:
-                    raise ValueError(
-                        f"encoder: expected {frame.size} rows of plate '{name}', as at the first "
-                        f"call, got {size}. Pass create_plates=… to the AutoGuideList."
-                    )
-                full = frame.full_size if frame.full_size != frame.size else size
-                self._prototype_frames[name] = frame._replace(size=size, full_size=full)
-        plates: dict[str, Any] = self._create_plates(*args, **kwargs)
+        if guide.create_plates is None:
+            rows = dict(self._rows_of(features))
+            changed = {name for name in rows if rows[name] != self._num_rows[name]}
+            if changed:
+                self._follow(changed, rows, args, kwargs)
+        # The model would take the index from the guide, in place of the one that it is given.
+        with poutine.block(hide=sorted(self._hidden)):
+            plates: dict[str, Any] = self._create_plates(*args, **kwargs)
         return plates
+
+    def _follow(self, changed: set[str], rows: dict[str, int], args: Any, kwargs: Any) -> None:
+        """Take the sizes of plates from the model, whose number of rows is another one than before.
+
+        The features do not tell: a plate of as many rows may be all of the data or a subsample.
+        """
+        if self.master is not None:
+            name = min(changed)
+            raise ValueError(
+                f"encoder: expected {self._num_rows[name]} rows of plate '{name}', as at the first "
+                f"call, got {rows[name]}. Pass create_plates=… to the AutoGuideList."
+            )
+        if self._model is None:
+            raise RuntimeError(
+                "AutoImplicit: the number of rows has changed, and the guide, which was copied or "
+                "unpickled, has no model to ask for the size of its plates. Pass create_plates=…."
+            )
+        frames = plate_frames(self.model, *args, **kwargs)
+        for name in changed:
+            frame = frames.get(name, self._prototype_frames[name])
+            if rows[name] not in (frame.size, frame.full_size):
+                raise ValueError(
+                    f"encoder: expected features of the {frame.size} rows of plate '{name}', got "
+                    f"{rows[name]}."
+                )
+            self._prototype_frames[name] = frame
+            self._num_rows[name] = rows[name]
 
     # ---- draws and quantiles -----------------------------------------------------------------
 

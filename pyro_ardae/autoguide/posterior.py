@@ -1,20 +1,19 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The implicit posterior of latents that are drawn together, as a Pyro module."""
+"""The implicit posterior of latents that are drawn together, as a module."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from pyro import poutine
-from pyro.distributions import constraints
-from pyro.nn.module import PyroModule, PyroParam
+from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from pyro_ardae.autoguide.sampler import ResidualSampler, TriangularMap
@@ -26,13 +25,20 @@ __all__ = ["RowPosterior"]
 _CHUNK = 2**22
 
 
-class RowPosterior(PyroModule):
+def _all(rows: Tensor) -> Tensor:
+    return rows
+
+
+class RowPosterior(nn.Module):
     r"""Posterior of D latents on the reals, for every row of some plates.
 
-    A row is described by a vector of 2 D + E numbers: location, log scale, and an embedding by
-    which the networks tell rows apart. The latents are
+    A row is described by a vector of 3 D + E numbers: where it starts, location, log scale, and an
+    embedding by which the networks tell rows apart. The latents are
     :math:`z = T(y; \text{row}, u)`, :math:`y \sim` :class:`~pyro_ardae.Implicit` given embedding
     and u, where u are the globals' own y.
+
+    All parameters are plain ones, so that a copy is a copy: a ``PyroParam`` of it would be that of
+    Pyro's store.
 
     :param loc: where the latents start, ``[*rows, D]``.
     :param init_scale: their standard deviation then.
@@ -66,14 +72,13 @@ class RowPosterior(PyroModule):
         self.init_scale = init_scale
         per_row = feature_dim is None  # an encoder sees rows that the prototype has not
         init_loc = loc if per_row else loc.flatten(0, -2).mean(0)
-        # A parameter, so that Pyro's store holds it, but none that an optimizer moves.
-        self.init_loc = PyroParam(init_loc, constraints.real, event_dim=1)
-        self.init_loc_unconstrained.requires_grad_(False)
+        # A parameter, so that Pyro's store holds it, but without a gradient none that is moved.
+        self.init_loc = nn.Parameter(init_loc)
         start = torch.zeros_like(torch.cat([loc, loc], -1))
         if feature_dim is None:
             embedding = 0.1 * torch.randn(*loc.shape[:-1], embedding_dim).to(loc)
             start = torch.cat([start, embedding], -1)
-            self.rows = PyroParam(start, constraints.real, event_dim=1)
+            self.rows = nn.Parameter(start)
         else:
             head = nn.Linear(feature_dim, start.shape[-1] + embedding_dim)
             with torch.no_grad():
@@ -90,44 +95,44 @@ class RowPosterior(PyroModule):
         ).to(loc)
         self.map = TriangularMap(self.dim, condition_dim, embedding_dim).to(loc)
 
-    def load_from_store(self) -> None:
+    def load_from_store(self, name: str) -> None:
         """Take the parameters from Pyro's store where it has them.
 
         A module made anew would go on with its own, while the optimizer moves those of the store.
 
+        :param name: of this module in the store.
         :raises ValueError: if they have other shapes, as those of a guide of another model.
         """
         if pyro.settings.get("module_local_params"):
             return
         store = pyro.get_param_store()
-        for child, name, own in self._by_child():
-            full = f"{self._pyro_name}.{child}" + (f"$$${name}" if name else "")
+        for parameter, own in self.named_parameters():
+            full = param_with_module_name(name, parameter)
             if full in store and (found := store._params[full].shape) != own.shape:
                 raise ValueError(
                     f"AutoImplicit: expected parameter '{full}' of shape {tuple(own.shape)}, got "
                     f"{tuple(found)} in Pyro's parameter store: of a guide of another model? Call "
                     "pyro.clear_param_store() before a new one."
                 )
-        with poutine.block(), self._pyro_context:
-            for child, name, _ in self._by_child():
-                if not name:
-                    getattr(self, child)  # a PyroParam looks into the store when it is asked for
-            for child, module in self._modules.items():
-                pyro.module(f"{self._pyro_name}.{child}", module, update_module_params=True)
-
-    def _by_child(self) -> list[tuple[str, str, Tensor]]:
-        """Parameters, by child and name within it; a PyroParam's is empty."""
-        suffix = "_unconstrained"
-        own = [(n.removesuffix(suffix), "", p) for n, p in self.named_parameters(recurse=False)]
-        children = self._modules.items()
-        return own + [(c, name, p) for c, m in children for name, p in m.named_parameters()]
+        with poutine.block():
+            pyro.module(name, self, update_module_params=True)
 
     def describe(
-        self, features: Float[Tensor, "*rows C"] | None = None
-    ) -> Float[Tensor, "*rows K"]:
-        """What tells rows apart; inside of plates, those of the subsample."""
-        result: Tensor = self.rows if features is None else self.head(features)
-        return result
+        self,
+        features: Float[Tensor, "*rows C"] | None = None,
+        *,
+        subsample: Callable[[Tensor], Tensor] = _all,
+    ) -> Float[Tensor, "*some K"]:
+        """What tells rows apart.
+
+        :param features: of the rows, where there is an encoder.
+        :param subsample: from what there is for all rows, ``[*rows, C]``, to what is wanted.
+        """
+        start = self.init_loc.detach()
+        if features is None:
+            return torch.cat([subsample(start), subsample(self.rows)], -1)
+        learned = self.head(subsample(features))
+        return torch.cat([start.expand(*learned.shape[:-1], -1), learned], -1)
 
     def implicit(
         self, rows: Float[Tensor, "*rows K"], u: Float[Tensor, "*batch C"] | None
@@ -137,7 +142,7 @@ class RowPosterior(PyroModule):
         noise = dist.Normal(zero, torch.ones_like(zero), validate_args=False).to_event(1)
         context: Tensor | None = None
         if self.embedding_dim or u is not None:
-            context = rows[..., 2 * self.dim :]
+            context = rows[..., 3 * self.dim :]
             if u is not None:
                 shape = torch.broadcast_shapes(rows.shape[:-1], u.shape[:-1])
                 context = torch.cat([context.expand(*shape, -1), u.expand(*shape, -1)], -1)
@@ -150,10 +155,10 @@ class RowPosterior(PyroModule):
         u: Float[Tensor, "*batch C"] | None,
     ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
         """Latents z, and the log of the Jacobian's diagonal."""
-        loc, log_scale, embedding = rows.split([self.dim, self.dim, self.embedding_dim], -1)
+        start, loc, log_scale, embedding = rows.split([*[self.dim] * 3, self.embedding_dim], -1)
         rate = self.map.RATE
         log_scale = rate * log_scale + math.log(self.init_scale)
-        loc = self.init_loc.detach() + log_scale.exp() * rate * loc
+        loc = start + log_scale.exp() * rate * loc
         z, log_det = self.map(y, loc, log_scale, u, embedding)
         return z, log_det
 

@@ -20,7 +20,7 @@ from torch.distributions.constraints import Constraint
 from pyro_ardae.random import fork_rng
 from pyro_ardae.traces import mask_of, plate_nesting
 
-__all__ = ["check_structure", "refuse_moving_supports", "unconstrain"]
+__all__ = ["check_structure", "plate_frames", "refuse_moving_supports", "unconstrain"]
 
 #: Runs of the model, on values drawn from the prior, by which a varying structure is found out.
 _NUM_RUNS = 4
@@ -100,6 +100,14 @@ def check_structure(
             _check_run(trace, expected)
             refuse_moving_supports(latents, trace)
     return recorder.explicit, nesting
+
+
+def plate_frames(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The plates around the latents in a run of the model, by name; the run leaves nothing."""
+    with fork_rng(), torch.no_grad(), poutine.block():
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    sites = (site for _, site in trace.iter_stochastic_nodes())
+    return {frame.name: frame for site in sites for frame in site["cond_indep_stack"]}
 
 
 def refuse_moving_supports(latents: Mapping[str, Any], again: Any) -> None:

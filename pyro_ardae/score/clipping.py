@@ -18,16 +18,16 @@ _RATE = 0.02
 def clip_factor(norm: Tensor, mean: Tensor, clip: float) -> Tensor:
     """What a gradient is multiplied by so that its norm is ``clip`` means at most; moves the mean.
 
-    A GPU is not waited for. A norm that is not finite has no part in the mean, and a factor of 1 (0
-    before any other).
+    A GPU is not waited for. A norm that is not finite has no part in the mean, and a factor of 0.
 
     :param norm: norm of the gradient, ``[]``.
     :param mean: running mean of bounded norms, ``[]``, changed in place; 0 before the first, which
         is its start.
     :param clip: bound in units of the mean, >= 1.
     """
-    norm = torch.where(norm.isfinite(), norm, mean)
+    finite = norm.isfinite()
+    norm = torch.where(finite, norm, mean)
     mean.copy_(torch.where(mean > 0, mean, norm))
     bounded = norm.minimum(clip * mean)
     mean.lerp_(bounded, _RATE)
-    return bounded / norm.clamp_min(1e-30)
+    return finite * bounded / norm.clamp_min(1e-30)

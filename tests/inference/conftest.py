@@ -15,7 +15,7 @@ import numpy as np
 import pyro
 import pytest
 
-from inference.autoencoders.data import CACHE_NAME, make_sample
+from inference.autoencoders.binarized_mnist import CACHE_NAME, make_sample
 
 ROOT = Path(__file__).parents[2]
 

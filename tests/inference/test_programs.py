@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.autoencoders.presets import PRESETS
+from inference.autoencoders.presets import PAPER_PRESETS, PRESETS
 from inference.autoencoders.training import Training
 from inference.shared.precision import full_precision
 from tests.conftest import assert_equal
@@ -213,6 +213,17 @@ def test_demo(program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "demo" / "comparison.png").stat().st_size > 10_000
 
 
+def test_help_lists_the_defaults_of_the_schedule(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast, paper = (presets["sbmnist-conv-flow"][1] for presets in (PRESETS, PAPER_PRESETS))
+    for options, config in (((), fast), (("--schedule", "paper"), paper)):
+        with pytest.raises(SystemExit):
+            program("vae", "sbmnist-conv-flow", *options, "--help")
+        assert f"(default: {config.steps})" in capsys.readouterr().out
+    assert fast.steps != paper.steps
+
+
 def test_bench_step(program: Program, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     program("bench", "step", "--steps", 2, "--warmup", 1, "--memory-steps", 1, "--json", path)
@@ -326,6 +337,7 @@ def test_errors_end_in_one_line(
         ((*mnist, "--fantasy-share", 1), "--fantasy-share: expected a number in [0, 1)"),
         ((*mnist, "--fantasy-start", 5), "--fantasy-start: sbmnist-mlp-gaussian does not read it"),
         (("evaluate", run, "--test-points", 0), "--test-points: expected a positive number"),
+        (("evaluate", run, "--test-samples", 1), "--test-samples: expected enough for a share"),
         (("evaluate", run, "--points", 5), "--points: an evaluation without --ais does not read"),
         (("evaluate", run, "--ais", "--seed", 3), "--seed: --ais does not read it"),
         (("evaluate", run, "--ais", "--chains", 0), "--chains: expected 2 at least, found 0"),
@@ -354,6 +366,11 @@ def test_errors_end_in_one_line(
         ((*bench, "--json", tmp_path / "file" / "x.json"), "expected a writable file"),
         ((*bench, "--rows", "sbmnist-mlp-gauss"), "--rows: expected MNIST presets"),
         ((*bench, "--rows", "sbmnist-mlp-flow --precision bf16"), "expected no --precision in a"),
+        ((*bench, "--rows", "sbmnist-mlp-flow --threads 4"), "expected no --threads in a row"),
+        (
+            (*bench, "--rows", "sbmnist-mlp-flow", "--precision", "tf32"),
+            "--precision tf32: expected a CUDA device",
+        ),
         ((*bench, "--rows", "sbmnist-mlp-implicit --gain 3"), "--gain: expected a number in (0, 1"),
         (("vae_plots", run, "--step-times", tmp_path / "no.csv"), "--step-times: expected a steps"),
         (
@@ -362,6 +379,7 @@ def test_errors_end_in_one_line(
         ),
         ((*mnist, "--decay-steps", 0, "--decay-start", 9), "--decay-start: sbmnist-mlp-gaussian"),
         (("bench", "step", "--steps", 0), "--steps: expected a positive number"),
+        (("bench", "vae", "--start-samples", 8), "--start-samples: expected two a latent, 64"),
         (("bench", "vae", "--threads", 0), "--threads: expected a positive number"),
         (("demo", "--threads", 0), "--threads: expected a positive number"),
     ]

@@ -35,6 +35,7 @@ from pyro_ardae import (
     TraceImplicit_ELBO,
     TraceImplicitEnum_ELBO,
     TraceImplicitMeanField_ELBO,
+    elbo_estimate,
 )
 from pyro_ardae.score import DAE, PaperARDAE
 
@@ -605,3 +606,18 @@ def test_full_whitening_of_few_draws_falls_back_with_one_warning(count: int) -> 
         assert len([w for w in caught if "whitening" in str(w.message)]) == expected
         assert len(caught) == expected
     assert torch.equal(*results)
+
+
+def test_no_warning_of_one_draw_where_there_are_more_or_nothing_learns() -> None:
+    """Any warning is an error."""
+
+    def guide() -> None:
+        with pyro.plate("rows", 5):
+            pyro.sample("z", Implicit(lambda eps: eps * pyro.param("s", torch.ones(2)), 2))
+
+    def model() -> None:
+        with pyro.plate("rows", 5):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    TraceImplicit_ELBO(SMALL).loss_and_grads(model, guide)
+    elbo_estimate(one_model, one_guide, num_samples=2, num_updates=2, parallel=False)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal
 
 from inference.agents.agent import Agent
+from inference.agents.build import build_policy
+from inference.agents.options import Config, check
 from inference.agents.policy import ExplicitPolicy, ImplicitPolicy, Proposal
-from inference.agents.presets import Config, build_policy, check
 from inference.agents.replay import Batch
 from inference.shared.errors import UserError
 from models.actors import GaussianActor, log_tanh_slope

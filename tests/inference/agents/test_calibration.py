@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from inference.agents.agent import Agent
 from inference.agents.calibration import q_bias
-from inference.agents.presets import Config
+from inference.agents.options import Config
 from inference.agents.replay import Batch
 from inference.agents.rollout import Episode
 

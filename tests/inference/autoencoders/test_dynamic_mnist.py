@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference.autoencoders.data import BinarizedMNIST, load_binarized_mnist
+from inference.autoencoders.binarized_mnist import load_binarized_mnist
+from inference.autoencoders.data import BinarizedMNIST
 from inference.autoencoders.dynamic_mnist import DynamicMNIST, load_images
 from inference.shared.errors import UserError
 from tests.inference.conftest import write_idx

@@ -204,9 +204,10 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     options += ("--test-samples", 4, *SMALL, "--data-dir", sample_dir, "--out", out)
     program("bench", "vae", "--rows", rows[0], "--seeds", 0, *options)
     first = (out / f"{rows[0]}-seed0" / "results.json").stat().st_mtime_ns
-    # A run that was stopped before its first checkpoint is started anew.
+    # A run that was stopped before its first checkpoint is started anew, evaluated or not.
     (out / f"{rows[1]}-seed0").mkdir()
     (out / f"{rows[1]}-seed0" / "config.json").write_text("{}")
+    (out / f"{rows[1]}-seed0" / "results.json").write_text('{"ais_log_px": 0}')
     capsys.readouterr()
     program("bench", "vae", "--rows", *rows, "--seeds", 0, *options)
     assert (out / f"{rows[0]}-seed0" / "results.json").stat().st_mtime_ns == first
@@ -233,12 +234,27 @@ def test_bench_vae_goes_on_where_it_was_stopped(
     assert "budget_seconds is 3600.0 in the run, 9.0 here" in capsys.readouterr().err
 
 
+def test_bench_vae_times_new_rows_at_the_pace_of_the_others(
+    program: Program, sample_dir: Path, tmp_path: Path
+) -> None:
+    """Also where a call names none of them."""
+    options = ("--steps", 2, "--timed-steps", 1, "--warmup", 2, "--test-points", 8)
+    options += ("--test-samples", 4, *SMALL, "--data-dir", sample_dir, "--out", tmp_path)
+    slow = "sbmnist-mlp-gaussian,1000000,1000000,0"
+    (tmp_path / "steps.csv").write_text(f"row,step_ms,model_ms,score_ms\n{slow}\n")
+    program("bench", "vae", "--rows", "sbmnist-mlp-fullcov", "--seeds", 0, *options)
+    gaussian, other = read_csv(tmp_path / "steps.csv")
+    assert float(gaussian["step_ms"]) == 1e6
+    assert 1e5 < float(other["step_ms"]) < 1e7
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         (["nothing"], "expected MNIST presets of inference.vae, each with options of it or none"),
         (["25gaussians-implicit"], "found '25gaussians-implicit'"),
         (["sbmnist-mlp-implicit --steps 9"], "expected no --steps in a row"),
+        (["sbmnist-mlp-flow --valid-every 9"], "expected no --valid-every in a row"),
         (["sbmnist-mlp-implicit --fantasy-share 2"], "--fantasy-share"),
         (["sbmnist-mlp-gaussian"] * 2, "expected different ones"),
         (

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from inference.agents import rollout
-from inference.agents.presets import PRESETS, Config
+from inference.agents.options import Config
+from inference.agents.presets import PRESETS
 from inference.agents.rollout import Act, Episode
 from inference.benchmarks import learn as bench_learn
 from inference.benchmarks.learn import Learn, table

@@ -55,6 +55,7 @@ def test_the_mean_follows_gradients_that_stay_large() -> None:
 def test_a_norm_that_is_not_finite_has_no_part_in_the_mean() -> None:
     module, optim = optimizer(2.0)
     step_of(module, optim, 1.0)
+    assert step_of(module, optim, 1e25) == 0  # finite, its norm in single precision is not
     step_of(module, optim, math.inf)
     nn.init.zeros_(module.weight)
     assert step_of(module, optim, 1e6) == pytest.approx(2.0, rel=1e-5)

@@ -128,8 +128,7 @@ def test_against_the_gradient_written_out(
         if local and encoder is None:
             rows = rows[index]
         u = trace.nodes["_AutoImplicit_latent"]["value"] if local else None
-        loc, log_scale, embedding = rows.split([part.dim, part.dim, part.embedding_dim], -1)
-        init = part.init_loc[index] if local and encoder is None else part.init_loc
+        init, loc, log_scale, embedding = rows.split([*[part.dim] * 3, part.embedding_dim], -1)
         log_scale = 4.0 * log_scale + torch.tensor(0.1).log()
         _, log_det = part.map(y, init + log_scale.exp() * 4.0 * loc, log_scale, u, embedding)
         weight = scale if local else 1.0

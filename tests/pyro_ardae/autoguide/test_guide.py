@@ -186,7 +186,7 @@ def test_one_row_of_a_plate_stays_that_row() -> None:
     guide()
     rows = guide.posterior.plate_d.rows
     loc = 10.0 * torch.randn(20, 2)
-    guide.posterior.plate_d.init_loc_unconstrained.copy_(loc)
+    guide.posterior.plate_d.init_loc.data.copy_(loc)
     assert rows.shape == (20, 4 + 4)
     for _ in range(3):
         trace = poutine.trace(guide).get_trace()
@@ -851,7 +851,7 @@ def test_torch_optimizer() -> None:
         loss(x, y).backward()
         optimizer.step()
     still = [name for name, p in guide.named_parameters() if torch.equal(p, before[name])]
-    assert still == ["posterior.globals.init_loc_unconstrained"]
+    assert still == ["posterior.globals.init_loc"]
 
 
 def test_double_precision(float64: None) -> None:
