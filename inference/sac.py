@@ -276,6 +276,7 @@ def run(config: Config) -> Path:
         training.load_state(state)
         folder.record(options)
         folder.drop_rows_after(training.steps_done)
+    folder.prepare()
     train(training, folder)
     folder.close()
 

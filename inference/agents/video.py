@@ -18,6 +18,7 @@ from PIL import Image
 from inference.agents.environments import wrap
 from inference.agents.rollout import Act, refuse_endless
 from inference.shared.errors import UserError
+from inference.shared.files import replacing
 from inference.shared.randomness import forked_rng
 
 __all__ = ["check_renders", "record_episode"]
@@ -60,7 +61,8 @@ def record_episode(
             obs, _, terminated, truncated, _ = env.step(act(batch)[0].cpu().numpy())
             over, steps = terminated or truncated, steps + 1
             refuse_endless(0 if over else steps, env_id)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=80, loop=0)
+    with replacing(path) as partial:
+        frames[0].save(partial, save_all=True, append_images=frames[1:], duration=80, loop=0)
     return path
 
 

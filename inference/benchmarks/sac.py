@@ -27,7 +27,7 @@ from inference.agents.options import AgentName
 from inference.agents.presets import PRESETS
 from inference.agents.replay import Batch, Replay
 from inference.shared.clock import Clock, clock_of, median_seconds
-from inference.shared.errors import check_options, needs
+from inference.shared.errors import check_options, needs, one_seed
 
 __all__ = ["Sac", "bench_sac", "describe_sac"]
 
@@ -116,6 +116,7 @@ def bench_sac(options: Sac) -> dict[str, Any]:
             (options.updates > 0, "updates", "a positive number"),
             (options.warmup >= 0, "warmup", "no negative number"),
             (options.batch_size > 1, "batch-size", "2 at least"),
+            *one_seed(options),
         ),
     )
     torch.manual_seed(options.seed)

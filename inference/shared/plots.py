@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from inference.shared.errors import UserError
+from inference.shared.files import replacing
 
 __all__ = [
     "heat_map",
@@ -86,8 +87,9 @@ def save(figure: Figure, path: Path) -> Path:
     :raises UserError: if it cannot be written.
     """
     try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=110)
+    except ValueError as error:
         raise UserError(f"{path}: expected a writable file for a figure, found: {error}") from None
     return path
 
