@@ -40,7 +40,7 @@ from inference.shared.optim import TorchOptim
 from inference.shared.process import use_threads
 from inference.shared.rows import write_csv
 from inference.shared.run import RunFolder
-from inference.shared.schedules import annealed, cosine_decay
+from inference.shared.schedules import annealed, cosine_decay, decay_score
 from models.energies import ENERGIES, log_normalizer
 from models.networks import ACTIVATIONS
 from models.unconditional import FlowPosterior, GaussianPosterior, ImplicitPosterior
@@ -88,12 +88,8 @@ class Training:
 
     def step(self) -> float:
         """Takes one training step; returns the loss."""
-        decay = self.decay
-        self.optim.optimizer.param_groups[0]["lr"] = self.rate * decay
-        if isinstance(self.loss, TraceImplicit_ELBO):
-            for estimator in self.loss.estimators.values():
-                # The score has less and less to follow, too.
-                estimator.learning_rate = self.config.score_learning_rate * max(0.1, decay)
+        self.optim.optimizer.param_groups[0]["lr"] = self.rate * self.decay
+        decay_score(self.loss, self.config.score_learning_rate, self.decay)
         loss = self.svi.step(self.beta)
         self.steps_done += 1
         self.average.update_parameters(self.posterior)

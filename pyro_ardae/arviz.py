@@ -156,11 +156,13 @@ def _numpy(value: Tensor) -> Any:
 
 
 def _batch_shape(site: Any) -> torch.Size:
-    """Of the value, not of the distribution: ``pyro.deterministic`` takes all for an event."""
-    shape = site["value"].shape
-    if site["infer"].get("_deterministic"):
+    """Of the value, not of the distribution: ``pyro.deterministic`` takes all for an event where
+    nothing else is said.
+    """
+    shape, event_dim = site["value"].shape, site["fn"].event_dim
+    if site["infer"].get("_deterministic") and event_dim == len(shape):
         return shape
-    return shape[: len(shape) - site["fn"].event_dim]
+    return shape[: len(shape) - event_dim]
 
 
 def _dims(sites: Mapping[str, Any], given: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

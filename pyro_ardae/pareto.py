@@ -40,14 +40,17 @@ def pareto_k(log_weights: Float[Tensor, "samples *batch"]) -> Float[Tensor, "*ba
     tail = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
     rows = log_weights.detach().double().reshape(count, -1)
     largest = rows.topk(tail + 1, dim=0).values  # nan counts as the largest
-    result = [_fit(column) for column in largest.unbind(1)]
+    columns = zip(largest.unbind(1), rows.logsumexp(0).unbind(), strict=True)
+    result = [_fit(column, total) for column, total in columns]
     return torch.tensor(result, dtype=torch.double, device=rows.device).reshape(
         log_weights.shape[1:]
     )
 
 
-def _fit(largest: Tensor) -> float:
-    """From the largest weights in descending order, the last of which is the threshold."""
+def _fit(largest: Tensor, total: Tensor) -> float:
+    """From the logs of the largest weights in descending order, the last of which is the threshold,
+    and of the sum of all weights.
+    """
     if bool(largest.isnan().any()) or float(largest[0]) == -math.inf:
         return math.nan
     if float(largest[0] - largest[-1]) <= 1e-12:  # rounding of a constant is no tail
@@ -56,8 +59,10 @@ def _fit(largest: Tensor) -> float:
     exceedances = weights[:-1] - weights[-1]
     exceedances = exceedances[exceedances > 1e-12]
     # The fit needs five, with a positive first quartile. Fewer are left of a constant with a few
-    # larger weights, or where one weight outdoes all others by more than rounding shows.
+    # larger weights, which matter or not, or where one weight outdoes all others by more than
+    # rounding shows.
     if len(exceedances) < 5:
-        return math.inf if float(largest[0] - largest[5]) > 20 else -math.inf
+        share = float(exceedances.sum() * (largest[0] - total).exp())
+        return math.inf if share > 0.01 else -math.inf
     with torch.device("cpu"):  # whatever the default: it builds a grid
         return float(fit_generalized_pareto(exceedances.cpu())[0])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inference.posteriors.reference import flatten
 from inference.shared.clock import Clock
-from inference.shared.schedules import annealed, cosine_decay
+from inference.shared.schedules import annealed, cosine_decay, decay_score
 from models.posterior_guides import GUIDES
 from models.posteriors import POSTERIORS, Posterior
 from pyro_ardae import ARDAE, AutoImplicit, TraceImplicit_ELBO
@@ -125,10 +125,7 @@ class Training:
         self.beta = annealed(progress, config.beta_start, config.beta_share)
         decay = cosine_decay(progress, config.decay_start)
         self.optimizer.param_groups[0]["lr"] = self.rate * decay
-        if isinstance(self.loss, TraceImplicit_ELBO):
-            for estimator in self.loss.estimators.values():
-                # The score has less and less to follow, too.
-                estimator.learning_rate = config.score_learning_rate * max(0.1, decay)
+        decay_score(self.loss, config.score_learning_rate, decay)
         try:
             self.objective(*self.posterior.args).backward()
             norm = torch.nn.utils.clip_grad_norm_(self.guide.parameters(), 100.0)

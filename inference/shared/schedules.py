@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-__all__ = ["annealed", "cosine_decay"]
+from pyro_ardae import TraceImplicit_ELBO
+
+__all__ = ["annealed", "cosine_decay", "decay_score"]
 
 
 def annealed(progress: float, start: float, end: float) -> float:
@@ -28,3 +31,16 @@ def cosine_decay(progress: float, start: float) -> float:
     """
     past = max(0.0, (progress - start) / (1 - start))
     return 0.5 + 0.5 * math.cos(math.pi * past)
+
+
+def decay_score(loss: Any, rate: float, decay: float) -> None:
+    """Sets the step sizes of a loss's score estimators, if it has any, for the next step.
+
+    :param loss: the loss of the training.
+    :param float rate: their step size at first.
+    :param float decay: factor on the guide's; with smaller steps of it there is less to follow, but
+        the score's goes no lower than a tenth.
+    """
+    if isinstance(loss, TraceImplicit_ELBO):
+        for estimator in loss.estimators.values():
+            estimator.learning_rate = rate * max(0.1, decay)

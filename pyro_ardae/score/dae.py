@@ -82,7 +82,7 @@ class DAE(TrainedEstimator):
         center: Float[Tensor, "*batch dim"] | None = None,
     ) -> Tensor:
         """One optimizer step."""
-        z, context = self._rows(samples, context)
+        z, context = self._rows(samples, context, least=2)
         sigma = self.level() * _mean_std(z)
         u = torch.randn_like(z)
         x = z + sigma * u
@@ -104,7 +104,7 @@ class DAE(TrainedEstimator):
         center: Float[Tensor, "*batch dim"] | None = None,
     ) -> Float[Tensor, "N *batch dim"]:
         """The score of q smoothed with the current noise level."""
-        z, context = self._rows(samples, context)
+        z, context = self._rows(samples, context, least=0 if self.residual else 2)
         at = self._points(value, samples)
         out = self.network.field(self.weights, at, torch.zeros_like(at[..., :1]), context)
         if not self.residual:

@@ -91,15 +91,23 @@ class ScoreEstimator(nn.Module, ABC):
             "ARDAE(…, parametrization='energy')."
         )
 
-    def _rows(self, samples: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _rows(
+        self, samples: Tensor, context: Tensor | None, *, least: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Check shapes; return detached samples ``[S, B, dim]`` and context ``[B, C]``.
 
+        :param least: S at least.
         :raises ValueError: if they are not those that the estimator was built for.
         """
         name = type(self).__name__
         if samples.dim() < 2 or samples.shape[-1] != self.dim:
             raise ValueError(
                 f"{name}: expected samples [S, *batch, {self.dim}], got {tuple(samples.shape)}."
+            )
+        if len(samples) < least:
+            raise ValueError(
+                f"{name}: expected at least {least} draws per context, got {len(samples)}. Raise "
+                "num_score_samples."
             )
         width = 0 if context is None else context.shape[-1]
         if width != self.context_dim:

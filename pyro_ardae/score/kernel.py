@@ -121,13 +121,7 @@ class KernelEstimator(ScoreEstimator):
 
     def _draws(self, samples: Tensor, context: Tensor | None) -> Tensor:
         """Checked and detached samples ``[B, S, D]``."""
-        z, _ = self._rows(samples, context)
-        if len(z) < 2:
-            raise ValueError(
-                f"{type(self).__name__}: expected at least 2 draws per context, got {len(z)}. "
-                "Raise num_score_samples."
-            )
-        return z.movedim(1, 0)
+        return self._rows(samples, context, least=2)[0].movedim(1, 0)
 
 
 def distances(y: Tensor, x: Tensor) -> Tensor:

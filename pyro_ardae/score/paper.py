@@ -106,7 +106,7 @@ class PaperARDAE(TrainedEstimator):
         center: Float[Tensor, "*batch dim"] | None = None,
     ) -> Tensor:
         """One optimizer step on all draws."""
-        z, context = self._rows(samples, context)
+        z, context = self._rows(samples, context, least=2)
         x = self._scaled(z, center)
         spread = x.std(0).mean(-1, keepdim=True)
         sigma = self.delta * spread * torch.randn_like(x[..., :1])
@@ -148,7 +148,9 @@ class PaperARDAE(TrainedEstimator):
         if self.parametrization == "residual":
             return self.network(torch.cat([x, context, sigma], -1))
         training = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            if x.is_inference():  # which autograd would not take
+                x, sigma, context = x.clone(), sigma.clone(), context.clone()
             x = x.detach().requires_grad_()
             energy = self.network(torch.cat([x, context, sigma], -1)).sum()
             (gradient,) = torch.autograd.grad(energy, x, create_graph=training)

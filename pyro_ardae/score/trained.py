@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from typing import Any
 
@@ -26,6 +27,8 @@ class TrainedEstimator(ScoreEstimator):
         super().__init__(dim, context_dim)
         self.updates = 0
         self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer_state: dict[str, Any] | None = None
+        """Loaded, of an optimizer that has not been used yet."""
 
     def _check_network(self, hidden_dim: int, depth: int) -> None:
         self._in_range("hidden_dim", hidden_dim, hidden_dim >= 1, ">= 1")
@@ -39,6 +42,9 @@ class TrainedEstimator(ScoreEstimator):
         """Built at its first use, when device and dtype are known."""
         if self._optimizer is None:
             self._optimizer = self._build_optimizer()
+            if self._optimizer_state is not None:
+                self._optimizer.load_state_dict(self._optimizer_state)
+                self._optimizer_state = None
         return self._optimizer
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -48,7 +54,8 @@ class TrainedEstimator(ScoreEstimator):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take what :meth:`get_extra_state` gave."""
         self.updates = state["updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Anew, since the parameters may be other tensors now; copied, since it is changed in place.
+        self._optimizer, self._optimizer_state = None, copy.deepcopy(state["optimizer"])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

@@ -289,7 +289,7 @@ class WhitenedEstimator(TrainedEstimator):
     def _query(
         self, value: Tensor, samples: Tensor, context: Tensor | None, center: Tensor | None
     ) -> tuple[Frame, Tensor, Tensor]:
-        z, context = self._rows(samples, context)
+        z, context = self._rows(samples, context, least=2 if self.whitening.per_context else 0)
         frame = self.whitening.frame(self._less(z, center), context)
         at = self._less(self._points(value, samples), center)
         return frame, frame.whiten(at), self._features(frame, context)

@@ -295,3 +295,20 @@ def test_a_reparameterized_site_is_derived_not_data() -> None:
     draws = {name: data["posterior"][name].values for name in ("mu", "theta", "theta_decentered")}
     expected = draws["mu"][..., None] + 3 * draws["theta_decentered"]
     np.testing.assert_allclose(draws["theta"], expected, rtol=1e-5)
+
+
+def test_deterministic_sites_with_events_in_a_plate() -> None:
+    """The plate is where the event is not, whatever their sizes."""
+
+    def model() -> None:
+        with pyro.plate("school", 3):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            for name, count in (("two", 2), ("three", 3)):
+                event = torch.arange(1.0, 1.0 + count) * theta.unsqueeze(-1)
+                pyro.deterministic(name, event, event_dim=1)
+
+    posterior = to_arviz(model, AutoNormal(model), num_samples=5).posterior
+    for name in ("two", "three"):
+        assert posterior[name].dims == ("chain", "draw", "school", f"{name}_dim_1")
+    ratio = posterior["three"] / posterior["theta"]
+    assert np.allclose(ratio.transpose("chain", "draw", "school", ...), [1.0, 2.0, 3.0], rtol=1e-5)

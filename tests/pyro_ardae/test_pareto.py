@@ -48,6 +48,14 @@ def test_one_weight_that_outdoes_all_others_is_no_constant_tail() -> None:
     assert math.isnan(float(pareto_k(torch.full((2000,), -math.inf))))
 
 
+def test_a_few_weights_above_a_constant_matter_by_their_share() -> None:
+    log_weights = torch.zeros(1000)
+    log_weights[:4] = torch.tensor([15.0, 16.0, 17.0, 18.0])  # all but a hundred-thousandth
+    assert float(pareto_k(log_weights)) == math.inf
+    log_weights[:4] = 0.1
+    assert float(pareto_k(log_weights)) == -math.inf
+
+
 def test_whatever_the_default_device() -> None:
     """What draws or fits on the CPU says so; "meta" stands in for a GPU."""
     log_weights = torch.randn(200, generator=torch.Generator().manual_seed(0)).square()
