@@ -71,7 +71,7 @@ def add_parts(
             input_scale=networks.input_scale,
         )
         setattr(posterior, group.name, part)
-        part.load_from_store(f"{posterior._pyro_name}.{group.name}")
+        part.follow_store(f"{posterior._pyro_name}.{group.name}")
         if not group.plates:
             global_dim = group.dim
     return global_dim

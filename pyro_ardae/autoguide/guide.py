@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -130,13 +131,21 @@ class AutoImplicit(AutoGuide):
         self.num_quantile_draws = num_quantile_draws
         self._groups: list[Group] = []
         self.latent_dim = 0
+        self._snapshot = False
         self.encoders = Encoders(encoder)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the model, which may not be picklable and is not needed any more."""
+        """Everything but the model, which may not be picklable and is seldom needed any more."""
         state = dict(self.__dict__)
         state["_model"] = state["_plain"] = state["master"] = None
         return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoImplicit:
+        """A snapshot: it keeps its parameters, whatever becomes of those in Pyro's store."""
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        other.__dict__.update(_model=self._model, _plain=self._plain, _snapshot=True)
+        return other
 
     # ---- structure ---------------------------------------------------------------------------
 
@@ -165,18 +174,19 @@ class AutoImplicit(AutoGuide):
         )
         start = {name: unconstrain(site) for name, site in self._latents()}
         self.posterior = PyroModule()
-        self._hidden = explicit - set(created)
         features = {
             group.name: rows
             for group in self._groups
             if (rows := self._features(group, args, kwargs)) is not None
         }
         self._num_rows = dict(self._rows_of(features))
+        frames = self._prototype_frames
+        self._subsampled = {n for n in self._num_rows if frames[n].size != frames[n].full_size}
         for group in self._groups:
             check_rows(
                 group,
                 features.get(group.name),
-                sorted(self._hidden & {*group.plates}),
+                sorted((explicit - set(created)) & {*group.plates}),
                 part_of_list=self.master is not None,
             )
         self.latent_dim = add_parts(self.posterior, self._groups, self.networks, start, features)
@@ -216,6 +226,8 @@ class AutoImplicit(AutoGuide):
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+        for name, part in self.posterior._modules.items():
+            part.follow_store(f"{self.posterior._pyro_name}.{name}", take=not self._snapshot)
         found = ((g.name, self.encoders.features(g, args, kwargs)) for g in self._groups)
         features = {name: rows for name, rows in found if rows is not None}
         plates = self._plates(features, *args, **kwargs)
@@ -273,42 +285,43 @@ class AutoImplicit(AutoGuide):
     def _plates(self, features: dict[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Plates by name; those of encoded rows as large as in the model of this call."""
         guide = self if self.master is None else self.master()
+        hidden = []
         if guide.create_plates is None:
             rows = dict(self._rows_of(features))
-            changed = {name for name in rows if rows[name] != self._num_rows[name]}
+            changed = {name: n for name, n in rows.items() if n != self._num_rows[name]}
             if changed:
-                self._follow(changed, rows, args, kwargs)
-        # The model would take the index from the guide, in place of the one that it is given.
-        with poutine.block(hide=sorted(self._hidden)):
+                self._follow(changed, args, kwargs)
+            # The model would take the index from the guide, in place of one that it is given.
+            hidden = [name for name, n in rows.items() if n == self._prototype_frames[name].size]
+        with poutine.block(hide=hidden):
             plates: dict[str, Any] = self._create_plates(*args, **kwargs)
         return plates
 
-    def _follow(self, changed: set[str], rows: dict[str, int], args: Any, kwargs: Any) -> None:
-        """Take the sizes of plates from the model, whose number of rows is another one than before.
+    def _follow(self, rows: Mapping[str, int], args: Any, kwargs: Any) -> None:
+        """Take the sizes of plates from the model, where there are other numbers of rows now.
 
         The features do not tell: a plate of as many rows may be all of the data or a subsample.
         """
-        if self.master is not None:
-            name = min(changed)
-            raise ValueError(
-                f"encoder: expected {self._num_rows[name]} rows of plate '{name}', as at the first "
-                f"call, got {rows[name]}. Pass create_plates=… to the AutoGuideList."
-            )
-        if self._model is None:
-            raise RuntimeError(
-                "AutoImplicit: the number of rows has changed, and the guide, which was copied or "
-                "unpickled, has no model to ask for the size of its plates. Pass create_plates=…."
-            )
-        frames = plate_frames(self.model, *args, **kwargs)
-        for name in changed:
-            frame = frames.get(name, self._prototype_frames[name])
-            if rows[name] not in (frame.size, frame.full_size):
+        frames = dict(self._prototype_frames)
+        advice = " Pass create_plates=… to the AutoGuideList."
+        if self.master is None:
+            advice = ""
+            if self._model is not None:
+                frames |= plate_frames(self._plain[0], self.model, *args, **kwargs)
+            else:  # unpickled: what has been a subsample is one, what has been all is all
+                for name, count in rows.items():
+                    full = frames[name].full_size if name in self._subsampled else count
+                    frames[name] = frames[name]._replace(size=count, full_size=full)
+        for name, count in rows.items():
+            size, full = frames[name].size, frames[name].full_size
+            if count not in (size, full):
                 raise ValueError(
-                    f"encoder: expected features of the {frame.size} rows of plate '{name}', got "
-                    f"{rows[name]}."
+                    f"encoder: expected features of the {size} rows of plate '{name}', got "
+                    f"{count}.{advice}"
                 )
-            self._prototype_frames[name] = frame
-            self._num_rows[name] = rows[name]
+            self._prototype_frames[name] = frames[name]
+            self._num_rows[name] = count
+            self._subsampled |= {name} if size != full else set()
 
     # ---- draws and quantiles -----------------------------------------------------------------
 

@@ -53,6 +53,8 @@ class RowPosterior(nn.Module):
     :param input_scale: scale of the noise.
     """
 
+    init_loc: Tensor
+
     def __init__(
         self,
         loc: Float[Tensor, "*rows D"],
@@ -72,8 +74,7 @@ class RowPosterior(nn.Module):
         self.init_scale = init_scale
         per_row = feature_dim is None  # an encoder sees rows that the prototype has not
         init_loc = loc if per_row else loc.flatten(0, -2).mean(0)
-        # A parameter, so that Pyro's store holds it, but without a gradient none that is moved.
-        self.init_loc = nn.Parameter(init_loc)
+        self.register_buffer("init_loc", init_loc)
         start = torch.zeros_like(torch.cat([loc, loc], -1))
         if feature_dim is None:
             embedding = 0.1 * torch.randn(*loc.shape[:-1], embedding_dim).to(loc)
@@ -95,27 +96,37 @@ class RowPosterior(nn.Module):
         ).to(loc)
         self.map = TriangularMap(self.dim, condition_dim, embedding_dim).to(loc)
 
-    def load_from_store(self, name: str) -> None:
-        """Take the parameters from Pyro's store where it has them.
+    def follow_store(self, name: str, *, take: bool = True) -> None:
+        """Take the parameters from Pyro's store where it has others, and leave the start there.
 
-        A module made anew would go on with its own, while the optimizer moves those of the store.
+        A module with its own would go on with these, while the optimizer moves those of the store.
 
         :param name: of this module in the store.
+        :param take: whether to take them.
         :raises ValueError: if they have other shapes, as those of a guide of another model.
         """
         if pyro.settings.get("module_local_params"):
             return
-        store = pyro.get_param_store()
-        for parameter, own in self.named_parameters():
-            full = param_with_module_name(name, parameter)
-            if full in store and (found := store._params[full].shape) != own.shape:
-                raise ValueError(
-                    f"AutoImplicit: expected parameter '{full}' of shape {tuple(own.shape)}, got "
-                    f"{tuple(found)} in Pyro's parameter store: of a guide of another model? Call "
-                    "pyro.clear_param_store() before a new one."
-                )
-        with poutine.block():
-            pyro.module(name, self, update_module_params=True)
+        params = pyro.get_param_store()._params
+        start = param_with_module_name(name, "init_loc")
+        own = {param_with_module_name(name, n): p for n, p in self.named_parameters()}
+        if take and any(params.get(full, p) is not p for full, p in own.items()):
+            for full, p in (*own.items(), (start, self.init_loc)):
+                found = params.get(full, p).shape
+                if found != p.shape:
+                    raise ValueError(
+                        f"AutoImplicit: expected parameter '{full}' of shape {tuple(p.shape)}, got "
+                        f"{tuple(found)} in Pyro's parameter store: of a guide of another model? "
+                        "Call pyro.clear_param_store() before a new one."
+                    )
+            with poutine.block():
+                pyro.module(name, self, update_module_params=True)
+            if start in params:
+                self.init_loc.copy_(params[start].detach())
+        if start not in params:  # which is saved with the rest, but never moved
+            with poutine.block(), torch.inference_mode(False):
+                pyro.param(start, self.init_loc.clone())
+            params[start].requires_grad_(False)
 
     def describe(
         self,
@@ -128,11 +139,10 @@ class RowPosterior(nn.Module):
         :param features: of the rows, where there is an encoder.
         :param subsample: from what there is for all rows, ``[*rows, C]``, to what is wanted.
         """
-        start = self.init_loc.detach()
         if features is None:
-            return torch.cat([subsample(start), subsample(self.rows)], -1)
+            return torch.cat([subsample(self.init_loc), subsample(self.rows)], -1)
         learned = self.head(subsample(features))
-        return torch.cat([start.expand(*learned.shape[:-1], -1), learned], -1)
+        return torch.cat([self.init_loc.expand(*learned.shape[:-1], -1), learned], -1)
 
     def implicit(
         self, rows: Float[Tensor, "*rows K"], u: Float[Tensor, "*batch C"] | None

@@ -102,10 +102,18 @@ def check_structure(
     return recorder.explicit, nesting
 
 
-def plate_frames(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The plates around the latents in a run of the model, by name; the run leaves nothing."""
+def plate_frames(model: Any, initialized: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The plates around the latents in a run of the model, by name; the run leaves nothing.
+
+    :param model: the model, run on values drawn from the prior.
+    :param initialized: the same with its latents at the values where the guide starts, for a prior
+        that cannot be drawn from. These may be values for other rows.
+    """
     with fork_rng(), torch.no_grad(), poutine.block():
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        try:
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        except (ValueError, RuntimeError, NotImplementedError):
+            trace = poutine.trace(initialized).get_trace(*args, **kwargs)
     sites = (site for _, site in trace.iter_stochastic_nodes())
     return {frame.name: frame for site in sites for frame in site["cond_indep_stack"]}
 

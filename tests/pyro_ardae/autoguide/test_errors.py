@@ -209,7 +209,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "other rows in a list": (
         in_a_list_with_other_rows,
         ValueError,
-        "expected 5 rows of plate 'data'.*got 3.*create_plates",
+        "expected features of the 5 rows of plate 'data', got 3.*create_plates",
     ),
     # data
     "empty batch": (
