@@ -95,9 +95,9 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp2": ("MLP, two levels of latents", {"guide_samples": 1024}),
 }
 
-#: With full covariance, or a deviation. Norms differ by half of their mean as a rule. From one spike
-#: without a bound Conv diverged, and the hierarchical implicit guide after some 1,000 steps; two
-#: levels of latents, one seed of two, with one of twelve means.
+#: With full covariance, or a deviation. Norms differ by half of their mean as a rule. Without this,
+#: Conv diverged from one spike, and the hierarchical implicit guide after some 1,000 steps; two
+#: levels of latents, one seed of two, with a bound of twelve means.
 _CLIP = {"clip": 2.0}
 
 #: What the deviation's score takes. With twice the contexts, a layer more and an update in every

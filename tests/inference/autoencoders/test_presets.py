@@ -245,6 +245,12 @@ def test_a_step_that_does_not_wait_reads_nothing(
     assert len(read) == (1 if config.guide in SCORED else 0)
 
 
+def test_presets_of_images_with_a_score_bound_their_gradient() -> None:
+    """Without one, some have diverged from one spike."""
+    scored = [config for _, config in PRESETS.values() if config.guide in SCORED]
+    assert all(config.clip == 2 for config in scored if config.latent_dim > 2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["sbmnist-mlp-implicit", "sbmnist-conv-flow"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
