@@ -75,8 +75,12 @@ class HierarchicalGuide(nn.Module):
         )
 
     def deviation_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the network that deviates from the Gaussian."""
-        return [*self.net.parameters()]
+        """Parameters of what deviates from the Gaussian.
+
+        The auxiliary latent's are among them: against a decay of the network alone its scale grows
+        without bound, until a draw overflows.
+        """
+        return [*self.net.parameters(), *self.auxiliary.parameters()]
 
     def mixing(self, features: Tensor) -> dist.TorchDistribution:
         r""":math:`q(z_0 \mid h)`."""
