@@ -27,7 +27,7 @@ from inference.benchmarks.sac import Sac, bench_sac, describe_sac
 from inference.benchmarks.step import Memory, Step, bench_step, describe_step, measure_memory
 from inference.benchmarks.vae import Vae, bench_vae
 from inference.shared.errors import check_device, check_options, check_unread, user_errors
-from inference.shared.files import replacing
+from inference.shared.files import write_text
 from inference.shared.process import keep_freed_memory, mujoco_warns_once, use_threads
 
 __all__ = ["main"]
@@ -82,8 +82,7 @@ def _step_main(options: Annotated[Step, tyro.conf.arg(name="")]) -> None:
 
 def _write(path: Path | None, figures: dict[str, Any]) -> None:
     if path is not None:
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(figures, indent=2) + "\n")
+        write_text(path, json.dumps(figures, indent=2) + "\n")
 
 
 def _sac_main(options: Annotated[Sac, tyro.conf.arg(name="")]) -> None:

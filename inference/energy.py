@@ -88,8 +88,9 @@ class Training:
 
     def step(self) -> float:
         """Takes one training step; returns the loss."""
-        self.optim.optimizer.param_groups[0]["lr"] = self.rate * self.decay
-        decay_score(self.loss, self.config.score_learning_rate, self.decay)
+        decay = self.decay
+        self.optim.optimizer.param_groups[0]["lr"] = self.rate * decay
+        decay_score(self.loss, self.config.score_learning_rate, decay)
         loss = self.svi.step(self.beta)
         self.steps_done += 1
         self.average.update_parameters(self.posterior)

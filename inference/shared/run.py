@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from inference.shared.errors import UserError
-from inference.shared.files import replacing
+from inference.shared.files import replacing, write_text
 from inference.shared.rows import write_csv
 
 __all__ = [
@@ -180,8 +180,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes a JSON file atomically."""
-        with replacing(self.path / name) as partial:
-            partial.write_text(json.dumps(value, indent=2, default=str) + "\n")
+        write_text(self.path / name, json.dumps(value, indent=2, default=str) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; empty where there is none yet."""

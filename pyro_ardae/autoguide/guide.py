@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, NoReturn
 
 import pyro
@@ -174,11 +173,8 @@ class AutoImplicit(AutoGuide):
         )
         start = {name: unconstrain(site) for name, site in self._latents()}
         self.posterior = PyroModule()
-        features = {
-            group.name: rows
-            for group in self._groups
-            if (rows := self._features(group, args, kwargs)) is not None
-        }
+        with torch.no_grad(), poutine.block():
+            features = self._features(args, kwargs)
         self._num_rows = dict(self._rows_of(features))
         frames = self._prototype_frames
         self._subsampled = {n for n in self._num_rows if frames[n].size != frames[n].full_size}
@@ -191,10 +187,10 @@ class AutoImplicit(AutoGuide):
             )
         self.latent_dim = add_parts(self.posterior, self._groups, self.networks, start, features)
 
-    @torch.no_grad()
-    def _features(self, group: Group, args: Any, kwargs: Any) -> Tensor | None:
-        with poutine.block():
-            return self.encoders.features(group, args, kwargs)
+    def _features(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """What encoders make of the rows, by the group's name."""
+        found = ((g.name, self.encoders.features(g, args, kwargs)) for g in self._groups)
+        return {name: rows for name, rows in found if rows is not None}
 
     def _rows_of(self, features: Mapping[str, Tensor]) -> Iterator[tuple[str, int]]:
         """Plates whose rows an encoder sees, and how many."""
@@ -228,8 +224,7 @@ class AutoImplicit(AutoGuide):
             self._setup_prototype(*args, **kwargs)
         for name, part in self.posterior._modules.items():
             part.follow_store(f"{self.posterior._pyro_name}.{name}", take=not self._snapshot)
-        found = ((g.name, self.encoders.features(g, args, kwargs)) for g in self._groups)
-        features = {name: rows for name, rows in found if rows is not None}
+        features = self._features(args, kwargs)
         plates = self._plates(features, *args, **kwargs)
         values: dict[str, Tensor] = {}
         log_dets: dict[str, Tensor] = {}
@@ -260,9 +255,7 @@ class AutoImplicit(AutoGuide):
         frames = [self._prototype_frames[name] for name in group.plates]
         full = [frame.full_size or frame.size for frame in frames]
         given = [] if features is None else [features.shape[dim - 1] for dim in group.local_dims]
-        whole = features is None or given == full
-        subsample = {"subsample": partial(pyro.subsample, event_dim=1)} if whole else {}
-        rows = part.describe(features, **subsample)
+        rows = part.describe(features, subsample=features is None or given == full)
         name = f"_{group.label}" if group.plates else ""
         y = pyro.sample(
             f"_{self._pyro_name}{name}_latent",

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -23,10 +23,6 @@ __all__ = ["RowPosterior"]
 
 #: Numbers of noise that one pass of the networks takes at most, when many draws are made.
 _CHUNK = 2**22
-
-
-def _all(rows: Tensor) -> Tensor:
-    return rows
 
 
 class RowPosterior(nn.Module):
@@ -132,16 +128,20 @@ class RowPosterior(nn.Module):
         self,
         features: Float[Tensor, "*rows C"] | None = None,
         *,
-        subsample: Callable[[Tensor], Tensor] = _all,
+        subsample: bool = False,
     ) -> Float[Tensor, "*some K"]:
         """What tells rows apart.
 
         :param features: of the rows, where there is an encoder.
-        :param subsample: from what there is for all rows, ``[*rows, C]``, to what is wanted.
+        :param subsample: whether only the rows in the subsample of the plates around are wanted.
         """
+
+        def some(rows: Tensor) -> Tensor:
+            return pyro.subsample(rows, event_dim=1) if subsample else rows
+
         if features is None:
-            return torch.cat([subsample(self.init_loc), subsample(self.rows)], -1)
-        learned = self.head(subsample(features))
+            return torch.cat([some(self.init_loc), some(self.rows)], -1)
+        learned = self.head(some(features))
         return torch.cat([self.init_loc.expand(*learned.shape[:-1], -1), learned], -1)
 
     def implicit(
