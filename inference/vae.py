@@ -33,9 +33,12 @@ import math
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyro
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -70,6 +73,15 @@ _DESCRIPTION = """Trains a variational autoencoder; each preset below with what 
 Options follow the preset: python -m inference.vae PRESET --help lists them."""
 
 
+@contextmanager
+def _failing_at(step: int) -> Iterator[None]:
+    """Says at which step a loss, draws of the guide or their covariance were not finite."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise UserError(f"step {step}: {error}") from error
+
+
 def train(training: Training, folder: RunFolder) -> None:
     """The training loop: steps, validations, checkpoints."""
     config = training.config
@@ -80,10 +92,8 @@ def train(training: Training, folder: RunFolder) -> None:
     with progress:
         while training.steps_done < config.steps and training.seconds < budget:
             beta = training.beta
-            try:
+            with _failing_at(training.steps_done + 1):
                 training.loss_sum = training.loss_sum + training.step()
-            except ValueError as error:  # a loss or draws of the guide that are not finite
-                raise UserError(f"step {training.steps_done + 1}: {error}") from error
             training.loss_count += 1
             training.seconds = time.perf_counter() - started
             progress.update()
@@ -100,7 +110,8 @@ def train(training: Training, folder: RunFolder) -> None:
                         "with another --out and a lower --learning-rate or with --clip 2"
                     )
                 if not config.train_on_valid:
-                    row |= training.validate()
+                    with _failing_at(training.steps_done):
+                        row |= training.validate()
                     shown += (
                         f", valid log p(x) {row['valid_log_px']:.3f} ± {row['valid_log_px_se']:.3f}"
                     )

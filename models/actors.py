@@ -97,7 +97,9 @@ class GaussianActor(nn.Module):
     def draw(self, obs: Tensor, num_draws: int = 1) -> Tensor:
         """Draws z, ``[num_draws, *batch, D]``, differentiable."""
         loc, log_scale = self(obs)
-        return loc + log_scale.exp() * torch.randn((num_draws, *loc.shape)).to(loc)
+        return loc + log_scale.exp() * torch.randn(
+            (num_draws, *loc.shape), dtype=loc.dtype, device=loc.device
+        )
 
     def center(self, obs: Tensor) -> Tensor:
         """The z without noise: the mode of q, ``[*batch, D]``."""

@@ -98,7 +98,8 @@ class FullCovarianceGuide(GaussianGuide):
     def forward(self, features: Tensor) -> dist.TorchDistribution:
         # The transform keeps the noise of a draw; a MultivariateNormal would solve for it.
         shape = (*features.shape[:-1], self.loc.out_features)
-        noise = dist.Normal(features.new_zeros(shape), 1.0, validate_args=False).to_event(1)
+        zeros, one = features.new_zeros(shape), features.new_ones(())
+        noise = dist.Normal(zeros, one, validate_args=False).to_event(1)
         return dist.TransformedDistribution(noise, [self.transform(features)], validate_args=False)
 
 

@@ -56,16 +56,16 @@ class _Density:
 
     def _attach(self, name: str, fn: Implicit, value: Tensor) -> None:
         super()._attach(name, fn, value)  # type: ignore[misc]
-        estimator = self.estimators[name]
+        site = self._sites[name]  # type: ignore[attr-defined]
         source, dims = fn.distinct(), len(fn.event_shape)
         context = None if source.context is None else source.context.detach()
         count = max(64, 4096 // max(1, source.batch_shape.numel()))
 
         def density(of: Implicit, at: Tensor) -> Tensor:
             with torch.no_grad():
-                samples, center = source.flat_draws(count, center=estimator.needs_center)
+                samples, center = source.flat_draws(count, center=site.estimator.needs_center)
                 rows = of.flat(at).reshape(-1, *samples.shape[1:])
-                result: Tensor = estimator.log_prob(rows, samples, context, center=center)
+                result: Tensor = site.log_prob(rows, samples, context, center)
             return result.reshape(at.shape[: at.dim() - dims])
 
         fn.density = density

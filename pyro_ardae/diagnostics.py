@@ -119,17 +119,19 @@ def stein_check(
 
 def _scored(fn: Implicit, loss: Any, name: str, num_samples: float) -> tuple[Tensor, Tensor]:
     """The score of fresh draws and the draws, centered: ``[n, dim]`` each, over all contexts."""
-    estimator = loss.estimators[name]
+    site = loss._sites[name]
     contexts = max(1, fn.batch_shape.numel())
     count = math.ceil(num_samples / contexts)
     # As many draws for the whitening as in training, whose particles may have had more contexts.
-    whiten = loss._sites[name].num_draws or loss._num_draws(contexts)
+    whiten = site.num_draws or loss._num_draws(contexts)
 
-    draws, center = fn.flat_draws(count + whiten, center=estimator.needs_center)
+    draws, center = fn.flat_draws(count + whiten, center=site.estimator.needs_center)
+    draws = draws.to(torch.promote_types(draws.dtype, torch.float32))
+    site.follow(draws)
     value, samples = draws.split([count, whiten])
-    score = estimator(value, samples, fn.context, center=center)
+    score = site.score(value, samples, fn.context, center)
     centered = value - samples.mean(0)
-    dim = estimator.dim
+    dim = site.estimator.dim
     return score.reshape(-1, dim).double(), centered.reshape(-1, dim).double()
 
 

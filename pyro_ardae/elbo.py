@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import pyro
@@ -21,10 +22,11 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor
 
 from pyro_ardae.implicit import Implicit
+from pyro_ardae.probe import check_trained
 from pyro_ardae.random import fork_rng
 from pyro_ardae.score import ARDAE, ScoreEstimator
 from pyro_ardae.sites import ScoreMessenger, Site
-from pyro_ardae.traces import advised, refuse_dimensions
+from pyro_ardae.traces import advised, refuse_dimensions, traces_of
 
 __all__ = ["TraceImplicitEnum_ELBO", "TraceImplicitMeanField_ELBO", "TraceImplicit_ELBO"]
 
@@ -47,7 +49,8 @@ def _draw(
     with poutine.block():
         samples, found = source.flat_draws(count, center=center)
     # The estimators keep squares of them.
-    if checked and not torch.isfinite(samples.square().sum()):
+    wide = torch.promote_types(samples.dtype, torch.float32)  # squares in half precision overflow
+    if checked and not torch.isfinite(samples.square().sum(dtype=wide)):
         raise ValueError(
             f"implicit site '{name}': its sampler returned non-finite values, or some too "
             "large to be squared. The step was refused and no parameter changed. Lower the "
@@ -91,6 +94,11 @@ class _ImplicitELBO:
                 "as ARDAE or functools.partial(ARDAE, hidden_dim=128): each site gets one of "
                 f"its own; got an instance of {type(score_estimator).__name__}."
             )
+        if num_score_samples is not None and not isinstance(num_score_samples, Integral):
+            raise TypeError(
+                f"num_score_samples: expected a number, got {type(num_score_samples).__name__}. As "
+                f"the loss of SVI pass an instance, loss={type(self).__name__}()."
+            )
         if num_score_samples is not None and num_score_samples < 2:
             raise ValueError(f"expected num_score_samples >= 2, got {num_score_samples}.")
         if num_score_contexts is not None and num_score_contexts < 1:
@@ -125,7 +133,8 @@ class _ImplicitELBO:
         self._learning, self._checked = False, True
         self._attached: list[Implicit] = []
         self._probed: set[str] = set()
-        self._warned = False
+        self._warned = self._pending_warned = False
+        self._samplers: dict[str, torch.nn.Module] = {}  # of sites that are new in this step
 
     # ---- what users call -------------------------------------------------------------------------
 
@@ -164,7 +173,17 @@ class _ImplicitELBO:
         return {**self._pending, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the estimators of ``state``; they are built when their sites are next sampled."""
+        """Take the estimators of ``state``; they are built when their sites are next sampled.
+
+        :raises TypeError: for anything else than what :meth:`state_dict` has given.
+        """
+        for name, of_site in state.items():
+            keys = {*of_site} if isinstance(of_site, dict) else set()
+            if not keys >= {"dim", "context_dim", "estimator"}:
+                raise TypeError(
+                    f"expected what state_dict() of such a loss has given, got an entry {name!r} "
+                    f"that is no state of a site, but a {type(of_site).__name__}."
+                )
         self.reset()
         self._pending = copy.deepcopy(state)  # neither later training nor an optimizer may share it
 
@@ -173,13 +192,14 @@ class _ImplicitELBO:
         self._sites.clear()
         self._pending.clear()
         self._probed.clear()
-        self._warned = False
+        self._samplers.clear()
+        self._warned = self._pending_warned = False
         self._guide = None
         self.max_plate_nesting = self._given_nesting
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy need not know the guide; one that is defined in a function cannot be pickled."""
-        return {**self.__dict__, "_guide": None}
+        return {**self.__dict__, "_guide": None, "_samplers": {}}
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -200,6 +220,7 @@ class _ImplicitELBO:
         with self._learn(), poutine.trace(param_only=True) as seen:
             try:
                 loss = super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
+                self._check_sites(seen.trace)
                 if math.isnan(loss) or (math.isinf(loss) and not _finite_gradients(seen.trace)):
                     raise ValueError(
                         f"the loss is {'NaN' if math.isnan(loss) else 'infinite'}. The step was "
@@ -231,9 +252,11 @@ class _ImplicitELBO:
                     self._guess_max_plate_nesting(model, scored, args, kwargs)
                 messenger.paired_dim = -int(self.max_plate_nesting)  # that of the particles
             vectorized = self.vectorize_particles and self.num_particles > 1
+            alone = partial(self._run_alone, partial(model, **kwargs), partial(scored, **kwargs))
+            in_plate = partial(advised, self.num_particles, partial(alone, args), self._advice)
             of_pyro = super()._get_traces(model, scored, args, kwargs)  # type: ignore[misc]
             while True:
-                with advised(self.num_particles, self._advice) if vectorized else nullcontext():
+                with in_plate() if vectorized else nullcontext():
                     traces = next(of_pyro, None)
                 if traces is None:
                     return
@@ -242,6 +265,10 @@ class _ImplicitELBO:
                 yield traces
         finally:
             self._detach()
+
+    def _run_alone(self, model: Any, guide: Any, args: Any) -> None:
+        with self.frozen():
+            traces_of(model, guide, args)
 
     def _detach(self) -> None:
         """A guide may keep its distributions: outside the ELBO they have no log_prob."""
@@ -329,6 +356,18 @@ class _ImplicitELBO:
         fn.score = score
         self._attached.append(fn)
 
+    def _check_sites(self, trace: poutine.Trace) -> None:
+        """Warns, once each, of samplers that are not trained and of states without a site."""
+        while self._samplers:
+            check_trained(*self._samplers.popitem(), _parameters(trace))
+        if self._pending and self._sites and not self._pending_warned:
+            self._pending_warned = True
+            warnings.warn(
+                f"the state that was loaded has sites that the guide has not sampled: "
+                f"{', '.join(map(repr, self._pending))}. Were they renamed?",
+                stacklevel=3,
+            )
+
     def _warn_of_one_draw(self, name: str) -> None:
         if not self._warned:
             self._warned = True
@@ -365,6 +404,8 @@ class _ImplicitELBO:
         width = 0 if fn.context is None else fn.context.shape[-1]
         site = self._sites.get(name)
         if site is None:
+            if isinstance(fn.sampler, torch.nn.Module):
+                self._samplers[name] = fn.sampler
             # Building must not shift the guide's noise, nor make what cannot be trained later.
             with fork_rng(), torch.inference_mode(False):
                 site = self._sites[name] = self._build(name, dim, width, like)

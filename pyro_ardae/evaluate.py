@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from jaxtyping import Float
@@ -55,8 +55,8 @@ def fitted_gaussian_log_marginal(
     proportion, not at random.
 
     .. note:: The fit needs some 10 times as many guide samples as dimensions to be a good proposal
-        (512 for 32 latents in the project's figures). On binarized MNIST, 32 latents, it lies 1.2
-        nats below annealed importance sampling with 256 samples, 0.8 with 1000 and 0.8 with 5000.
+        (512 for 32 latents in the project's figures). On binarized MNIST, 32 latents, it lies 0.9
+        nats below annealed importance sampling with 1000 samples and 0.6 with 5000.
 
     Example::
 
@@ -161,28 +161,34 @@ def fitted_gaussian_log_weights(
             f"num_samples: expected enough for both components of the proposal, got {num_samples} "
             f"with prior_weight {prior_weight}"
         )
-    fitted = fit_gaussian(guide_samples, jitter=jitter)
-    identity = torch.eye(dim, dtype=guide_samples.dtype, device=guide_samples.device)
+    # The proposal is in single precision at least, also where the model is in half.
+    wide = guide_samples.to(torch.promote_types(guide_samples.dtype, torch.float32))
+    full_precision = partial(torch.autocast, wide.device.type, enabled=False)
+    with full_precision():
+        fitted = fit_gaussian(wide, jitter=jitter)
+    identity = torch.eye(dim, dtype=wide.dtype, device=wide.device)
     prior = MultivariateNormal(
         identity.new_zeros(batch, dim), scale_tril=identity, validate_args=False
     )
     log_prior_share = math.log(num_prior / num_samples) if num_prior else -math.inf
     log_fitted_share = math.log1p(-num_prior / num_samples)
 
-    def log_weight(latent: Tensor) -> Tensor:
-        log_proposal = fitted.log_prob(latent)
-        if num_prior:
-            log_proposal = torch.logaddexp(
-                log_fitted_share + log_proposal, log_prior_share + prior.log_prob(latent)
-            )
-        return log_joint(latent) - log_proposal
+    def log_weight(component: MultivariateNormal, size: int) -> Tensor:
+        with full_precision():
+            latent = component.sample(torch.Size((size,)))
+            log_proposal = fitted.log_prob(latent)
+            if num_prior:
+                log_proposal = torch.logaddexp(
+                    log_fitted_share + log_proposal, log_prior_share + prior.log_prob(latent)
+                )
+        return log_joint(latent.to(guide_samples.dtype)) - log_proposal
 
     # A generator of its own, so that errors come with the call and not with the first chunk.
     def weights() -> Iterator[Tensor]:
         for component, count in ((fitted, num_samples - num_prior), (prior, num_prior)):
             for size in _chunks(count, chunk_size):
                 with torch.no_grad():
-                    yield log_weight(component.sample((size,)))
+                    yield log_weight(component, size)
 
     return weights()
 

@@ -162,7 +162,8 @@ class Implicit(TorchDistribution):
         """Draw ``[*sample_shape, *batch, *event]``, differentiable.
 
         :raises ValueError: if the sampler returns another shape.
-        :raises RuntimeError, TypeError: what the sampler raises, with how it was called.
+        :raises TypeError: if it returns no tensor.
+        :raises RuntimeError, TypeError, ValueError: what it raises, with how it was called.
         """
         sample_shape = Size(sample_shape)
         noise = self.noise.rsample(sample_shape)
@@ -202,15 +203,24 @@ class Implicit(TorchDistribution):
             inputs["context"] = self.context.expand(sample_shape + self.context.shape)
         try:
             value = self.sampler(*inputs.values())
-        except (RuntimeError, TypeError) as error:
-            if type(error) not in (RuntimeError, TypeError):  # such as a lack of memory
+        except (RuntimeError, TypeError, ValueError) as error:
+            if type(error) not in (RuntimeError, TypeError, ValueError):  # such as lack of memory
                 raise
             given = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+            advice = "for any number of draws: what differs by row has to be part of the context."
+            if "dtype" in str(error):
+                advice += (
+                    f" The noise is {noise.dtype}; pass a distribution for another, such as "
+                    "noise=dist.Normal(torch.zeros(8, dtype=…), 1.0).to_event(1)."
+                )
             raise type(error)(
                 f"Implicit: sampler({given}) failed. Expected sampler(noise, context), or "
-                "sampler(noise) without a context, for any number of draws: what differs by row "
-                f"has to be part of the context. {error}"
+                f"sampler(noise) without a context, {advice} {error}"
             ) from error
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"Implicit: expected the sampler to return a tensor, got a {type(value).__name__}."
+            )
         expected = sample_shape + self.batch_shape + self.event_shape
         if value.shape != expected:
             raise ValueError(

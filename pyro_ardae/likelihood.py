@@ -146,7 +146,8 @@ def log_likelihood(
         )
 
     def shaped(value: Tensor) -> Tensor:
-        return value.reshape(joint.batch_shape).to(latent.dtype)
+        dtype = torch.promote_types(latent.dtype, torch.float32)
+        return value.reshape(joint.batch_shape).to(dtype)
 
     return LogLikelihood(
         value=shaped(log_mean),

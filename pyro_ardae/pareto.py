@@ -39,12 +39,11 @@ def pareto_k(log_weights: Float[Tensor, "samples *batch"]) -> Float[Tensor, "*ba
         raise ValueError(f"log_weights: expected at least 25 per batch element, got {count}")
     tail = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
     rows = log_weights.detach().double().reshape(count, -1)
-    largest = rows.topk(tail + 1, dim=0).values  # nan counts as the largest
-    columns = zip(largest.unbind(1), rows.logsumexp(0).unbind(), strict=True)
-    result = [_fit(column, total) for column, total in columns]
-    return torch.tensor(result, dtype=torch.double, device=rows.device).reshape(
-        log_weights.shape[1:]
-    )
+    largest = rows.topk(tail + 1, dim=0).values.cpu()  # nan counts as the largest
+    columns = zip(largest.unbind(1), rows.logsumexp(0).cpu().unbind(), strict=True)
+    with torch.device("cpu"):  # whatever the default: the fit builds a grid
+        result = torch.tensor([_fit(*column) for column in columns], dtype=torch.double)
+    return result.to(rows.device).reshape(log_weights.shape[1:])
 
 
 def _fit(largest: Tensor, total: Tensor) -> float:
@@ -64,5 +63,4 @@ def _fit(largest: Tensor, total: Tensor) -> float:
     if len(exceedances) < 5:
         share = float(exceedances.sum() * (largest[0] - total).exp())
         return math.inf if share > 0.01 else -math.inf
-    with torch.device("cpu"):  # whatever the default: it builds a grid
-        return float(fit_generalized_pareto(exceedances.cpu())[0])
+    return float(fit_generalized_pareto(exceedances)[0])

@@ -1,7 +1,9 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A check that the context of an implicit site holds what its sampler depends on."""
+"""Checks of an implicit site: that its context holds what its sampler depends on, that its noise is
+wide enough, and that the sampler is trained.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal
 
 from pyro_ardae.implicit import Implicit, base_of
 from pyro_ardae.random import fork_rng
 
-__all__ = ["check_context"]
+__all__ = ["check_context", "check_noise", "check_trained"]
 
 #: Floats of an earlier site that are looked for in the context, at most.
 _SEARCHED = 4096
@@ -68,6 +70,44 @@ def check_context(name: str, fn: Implicit, earlier: Mapping[str, Any]) -> None:
             "the sampler or the noise depends on something by row that its context lacks. The "
             "score is then that of the rows averaged over it. Put it into the context, or, if it "
             "is a function of the context, compute it inside of the sampler."
+        )
+
+
+def check_noise(name: str, fn: Implicit) -> None:
+    """Warn if noise is narrower than the draws that are made of it, which lie on a surface then:
+    they have no density, and no score.
+
+    A sampler that has noise of its own, which is seen by two calls, may know better.
+
+    :param name: the site.
+    :param fn: its distribution.
+    """
+    width, dim = fn.noise.event_shape.numel(), fn.event_shape.numel()
+    if width >= dim:
+        return
+    with fork_rng(), torch.no_grad(), poutine.block():
+        noise = fn.noise.sample()
+        inputs = (noise,) if fn.context is None else (noise, fn.context)
+        if not torch.equal(fn.sampler(*inputs), fn.sampler(*inputs)):
+            return
+    _warn(
+        f"implicit site '{name}': its noise has {width} dimensions and a draw has {dim}, so the "
+        "draws lie on a surface, where no score exists. Take noise as wide as a draw or wider."
+    )
+
+
+def check_trained(name: str, sampler: nn.Module, trained: Iterable[Tensor]) -> None:
+    """Warn if a sampler has parameters that ask for a gradient, and none of them is trained.
+
+    :param name: the site.
+    :param sampler: its sampler.
+    :param trained: the parameters that are trained.
+    """
+    of_sampler = {id(parameter) for parameter in sampler.parameters() if parameter.requires_grad}
+    if of_sampler and of_sampler.isdisjoint(map(id, trained)):
+        _warn(
+            f"implicit site '{name}': the parameters of its sampler are none of Pyro's, so SVI "
+            f'does not train them. In the guide: pyro.module("{name}_sampler", sampler).'
         )
 
 

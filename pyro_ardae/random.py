@@ -13,10 +13,10 @@ __all__ = ["fork_rng"]
 
 
 def fork_rng() -> AbstractContextManager[None]:
-    """A context after which the random states of torch, on the CPU and on the current CUDA device,
-    are as before it.
+    """A context after which the random states of torch, on the CPU and on all CUDA devices, are as
+    before it.
 
-    :func:`torch.random.fork_rng` takes all devices, and warns where there are several.
+    A program that has not used CUDA is not made to start it.
     """
     used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return torch.random.fork_rng([torch.cuda.current_device()] if used else [])
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if used else [])

@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_ardae.implicit import Implicit, find_implicit, is_reparameterized, unwrapped
-from pyro_ardae.probe import check_context
+from pyro_ardae.probe import check_context, check_noise
 from pyro_ardae.score import ScoreEstimator
 
 __all__ = ["ScoreMessenger", "Site"]
@@ -55,6 +55,7 @@ class ScoreMessenger(Messenger):
             if msg["name"] not in self._probed and msg["value"].requires_grad:
                 self._probed.add(msg["name"])
                 check_context(msg["name"], fn, self._earlier)
+                check_noise(msg["name"], fn)
             self._attach(msg["name"], fn, msg["value"])
         elif not site_is_subsample(msg) and not is_reparameterized(msg["fn"]):
             self._not_reparameterized.append(msg["name"])
@@ -106,9 +107,26 @@ class Site:
         self, value: Tensor, samples: Tensor, context: Tensor | None, center: Tensor | None
     ) -> Tensor:
         """The score at values ``[N, *batch, D]``, estimated in the estimator's precision."""
+        return self._query(self.estimator, value, samples, context, center).to(value.dtype)
+
+    def log_prob(
+        self, value: Tensor, samples: Tensor, context: Tensor | None, center: Tensor | None
+    ) -> Tensor:
+        """The log-density that an estimator with one has there, ``[N, *batch]``, likewise."""
+        estimator: Any = self.estimator
+        return self._query(estimator.log_prob, value, samples, context, center)
+
+    def _query(
+        self,
+        method: Callable[..., Tensor],
+        value: Tensor,
+        samples: Tensor,
+        context: Tensor | None,
+        center: Tensor | None,
+    ) -> Tensor:
         with torch.autocast(value.device.type, enabled=False):
             at, samples, context, center = self._in_precision(value, samples, context, center)
-            return self.estimator(at, samples, context, center=center).detach().to(value.dtype)
+            return method(at, samples, context, center=center).detach()
 
     def _in_precision(self, *tensors: Any) -> tuple[Any, ...]:
         assert self._kind is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -16,6 +17,8 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+from pyro_ardae.random import fork_rng
 
 __all__ = [
     "OR_EACH",
@@ -88,33 +91,49 @@ def guide_draws(
 
 
 def run_many(
-    fn: Callable[..., Any], args: tuple[Any, ...], num_samples: int, max_plate_nesting: int
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    num_samples: int,
+    max_plate_nesting: int,
+    alone: Callable[..., Any] | None = None,
 ) -> poutine.Trace:
     """A trace of ``fn`` inside of a plate of ``num_samples``, left of all its own plates.
 
+    :param alone: what runs without that plate, if not ``fn``.
     :raises RuntimeError: if it fails there.
     :raises ValueError: for a site that has more dimensions than these plates.
     """
     dim = -1 - max_plate_nesting
-    with advised(num_samples), poutine.block(), pyro.plate(_PLATE, num_samples, dim=dim):
+    once = partial(run_each, alone or fn, args, 1)
+    with advised(num_samples, once), poutine.block(), pyro.plate(_PLATE, num_samples, dim=dim):
         trace = poutine.trace(fn).get_trace(*args)
     refuse_dimensions([trace], 1 + max_plate_nesting, OR_EACH)
     return trace
 
 
 @contextmanager
-def advised(num_samples: int, advice: str = OR_EACH) -> Iterator[None]:
-    """Errors of what runs in a plate of so many draws say what to do.
+def advised(num_samples: int, alone: Callable[[], object], advice: str = OR_EACH) -> Iterator[None]:
+    """Errors of what runs in a plate of so many draws say what to do, if it runs without.
 
+    :param alone: runs it without.
     :raises RuntimeError: of torch or Pyro, with the advice.
     """
     try:
         yield
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # such as a lack of memory
+        if type(error) is not RuntimeError or not _succeeds(alone):  # or lacks memory, say
             raise
         text = f"failed in a plate of {num_samples} draws. {advice} {error}"
         raise RuntimeError(text) from error
+
+
+def _succeeds(run: Callable[[], object]) -> bool:
+    try:
+        with fork_rng(), torch.no_grad():
+            run()
+    except Exception:
+        return False
+    return True
 
 
 def refuse_dimensions(traces: Iterable[poutine.Trace], nesting: int, advice: str) -> None:

@@ -182,17 +182,19 @@ class UnconstrainedModel:
         :param values: by site, as for :meth:`pack`; those that are left out are drawn.
         :param int num_draws: number of draws.
         """
-        if self.parallel:
-            fn = poutine.condition(model, data=values)
-            return [run_many(fn, self.args, num_draws, self.max_plate_nesting)]
-        traces = []
-        for index in range(num_draws):
+
+        def given(index: int) -> Callable[..., Any]:
             own = {
                 name: value[index].reshape(self.sites[name]["value"].shape)
                 for name, value in values.items()
             }
-            traces += run_each(poutine.condition(model, data=own), self.args, 1)
-        return traces
+            conditioned: Callable[..., Any] = poutine.condition(model, data=own)
+            return conditioned
+
+        if self.parallel:
+            fn = poutine.condition(model, data=values)
+            return [run_many(fn, self.args, num_draws, self.max_plate_nesting, given(0))]
+        return [run_each(given(index), self.args, 1)[0] for index in range(num_draws)]
 
     def _constrained(self, latent: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """By site, its value, log |det dz/du| and u, ``[draws, *plates, …]``."""

@@ -80,7 +80,7 @@ class Replay:
         """
         if not len(self):
             raise ValueError("Replay: expected transitions to draw from, got none; add() them.")
-        index = torch.randint(len(self), (batch_size,)).to(self.rows.device)
+        index = torch.randint(len(self), (batch_size,), device=self.rows.device)
         obs, action, reward, next_obs, terminated = self.rows[index].split(self._widths, -1)
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 

@@ -15,6 +15,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def load_binarized_mnist(
     try:
         with cache.open("rb") as file, np.load(file) as archive:
             found = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{cache}: expected a readable npz file of packed binarized MNIST, found "
             f"{cache.stat().st_size} bytes that are not ({error}); delete it to download it again"

@@ -99,7 +99,7 @@ def load_images(
         train, test = (
             kind(str(directory), train=train, download=download).data for train in (True, False)
         )
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise UserError(
             f"{raw}: expected train-images-idx3-ubyte, train-labels-idx1-ubyte and the two "
             f"t10k files of {_CLASSES[name]}, found: {error}; name the folder that holds "

@@ -19,7 +19,8 @@ _TRAIN, _SUBSET = 3, 4
 class MissingPixels:
     """A data set whose pixels are missing at random, NaN in place of what is not seen.
 
-    Which ones is drawn afresh in each minibatch; in a subset they follow from its seed.
+    Which ones is drawn afresh in each minibatch; in a subset they follow from its seed, on every
+    device alike.
 
     :param Dataset data: whole images.
     :param float seen_share: probability that a pixel is seen, in (0, 1).
@@ -31,13 +32,16 @@ class MissingPixels:
         self.mean = data.mean
 
     def minibatch(self, step: int) -> Tensor:
-        return self._hide(self.data.minibatch(step), _TRAIN, self.seed, step)
+        images = self.data.minibatch(step)
+        return self._hide(images, images.device, _TRAIN, self.seed, step)
 
     def subset(self, split: str, num_points: int | None, seed: int) -> Tensor:
         images = self.data.subset(split, num_points, seed)
-        return self._hide(images, _SUBSET, seed, {"valid": 1, "test": 2}[split])
+        key = seed, {"valid": 1, "test": 2}[split]
+        return self._hide(images, torch.device("cpu"), _SUBSET, *key)
 
-    def _hide(self, images: Tensor, *key: int) -> Tensor:
-        # Drawn on the CPU: the same pixels on every device.
-        seen = torch.rand(images.shape, generator=generator(*key)) < self.seen_share
+    def _hide(self, images: Tensor, device: torch.device, *key: int) -> Tensor:
+        """Images without some of their pixels, which are drawn on ``device``."""
+        source = generator(*key, device=device)
+        seen = torch.rand(images.shape, generator=source, device=device) < self.seen_share
         return images.masked_fill(~seen.to(images.device), torch.nan)

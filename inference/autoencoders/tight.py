@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,9 +207,9 @@ def load(run: Path) -> dict[str, np.ndarray]:
     """
     path = run / FILE_NAME
     try:
-        with np.load(path) as archive:
+        with path.open("rb") as file, np.load(file) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path}: expected figures of single images, found none ({error}); run "
             f"python -m inference.evaluate {run} --ais"

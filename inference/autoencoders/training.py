@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from pyro.infer import ELBO, SVI
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from inference.autoencoders.data import Dataset
 from inference.autoencoders.evaluation import evaluate, restore
@@ -54,7 +54,7 @@ class Training:
         self.optim = TorchOptim(self.vae, self._adam(), clip=config.clip)
         self.rates = [group["lr"] for group in self.optim.optimizer.param_groups]
         self.svi = SVI(self.vae.model, self.vae.guide, self.optim, loss=self.loss)
-        self.average = AveragedModel(self.vae, multi_avg_fn=self._average)
+        self.average = copy.deepcopy(self.vae).requires_grad_(False)
         self.steps_done = 0
         self.seconds = 0.0
         self.best_valid = -float("inf")
@@ -77,7 +77,7 @@ class Training:
         )
         if found != expected:
             raise UserError(f"--decoder: expected a run of {expected}, found one of {found}")
-        for vae in (self.vae, self.average.module):
+        for vae in (self.vae, self.average):
             vae.decoder.load_state_dict(trained.decoder.state_dict())
 
     def _adam(self) -> torch.optim.Optimizer:
@@ -123,7 +123,7 @@ class Training:
     @property
     def averaged(self) -> VAE:
         """The model with averaged weights: what is evaluated."""
-        return self.average.module if self.config.average_decay > 0 else self.vae
+        return self.average if self.config.average_decay > 0 else self.vae
 
     def step(self) -> float | Tensor:
         """Takes one training step; returns the loss per data point or fantasy, on a GPU
@@ -141,7 +141,7 @@ class Training:
         loss = (self.step_without_waiting(*args) if x.is_cuda else self.svi.step(*args)) / count
         self.steps_done += 1
         if self.steps_done % AVERAGE_EVERY == 0:
-            self.average.update_parameters(self.vae)
+            self._update_average()
         return loss
 
     def step_without_waiting(self, *args: Any) -> Tensor:
@@ -151,12 +151,13 @@ class Training:
         self.optim(self.optim.parameters)
         return surrogate.detach()
 
-    def _average(self, averages: list[Tensor], values: list[Tensor], _count: Tensor | int) -> None:
-        # A short horizon at first, (1 + n) / (10 + n), forgets the initial weights. The number of
-        # averages so far is not read from ``_count``, which lies on the device.
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # A short horizon at first, (1 + n) / (10 + n), none for the initial weights.
         count = self.steps_done // AVERAGE_EVERY - 1
         decay = min(self.config.average_decay**AVERAGE_EVERY, (1 + count) / (10 + count))
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        parameters = list(self.average.parameters()), list(self.vae.parameters())
+        torch._foreach_lerp_(*parameters, 1 - decay if count else 1.0)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, as tensors and plain values."""

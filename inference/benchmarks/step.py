@@ -3,8 +3,8 @@
 
 """Times one SVI step, implicit against explicit guide: ``python -m inference.bench step``.
 
-It has the shapes of the MNIST preset (batch 128), in two variants that take turns in one process,
-so that a slow moment of the machine meets both:
+It has the shapes of the MNIST preset, by default with batches of 128 where the preset has 256. They
+take turns in one process, so that a slow moment of the machine meets all:
 
 - explicit: ``Trace_ELBO`` with the Gaussian guide;
 - implicit: ``TraceImplicit_ELBO`` with the implicit guide of the same size, score updates included

@@ -27,12 +27,18 @@ class TorchOptim(PyroOptim):
     :param torch.optim.Optimizer optimizer: an optimizer of these parameters.
     :param float clip: bound on the norm of the whole gradient, in units of its running mean; with
         ``None`` there is none. An absolute bound that is right for one model, batch or time of a
-        training is loose or in the way for another.
+        training is loose or in the way for another. A step whose gradient is not finite is left
+        out, for which the optimizer has to be a fused one.
+    :raises ValueError: for a bound with an optimizer that is not fused.
     """
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, *, clip: float | None = None
     ) -> None:
+        if clip is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError(
+                f"clip: expected a fused optimizer, got {type(optimizer).__name__}: pass fused=True"
+            )
         # PyroOptim.__init__ sets up the optimizers by parameter that this class replaces.
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = optimizer
@@ -56,10 +62,12 @@ class TorchOptim(PyroOptim):
 
     def _bound_gradient(self, clip: float) -> None:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self._mean_norm is None:
             self._mean_norm = torch.zeros_like(norm)
         torch._foreach_mul_(gradients, clip_factor(norm, self._mean_norm, clip))
+        # Fused optimizers leave out a step that a GradScaler finds to be none: no factor mends inf.
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
 
     def get_state(self) -> dict[str, Any]:
         """The state of the optimizer, and what gradients are clipped by."""

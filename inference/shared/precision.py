@@ -49,15 +49,11 @@ def full_precision(vae: nn.Module) -> Iterator[None]:
     try:
         for network in networks:
             network.compute_dtype = None
-        if matmul != "highest":
-            torch.set_float32_matmul_precision("highest")
-        if cudnn:  # torch's default, whatever the precision of matrix products
-            torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False  # on by torch's default, whatever that of products
         yield
     finally:
         for network, dtype in zip(networks, dtypes, strict=True):
             network.compute_dtype = dtype
-        if matmul != "highest":
-            torch.set_float32_matmul_precision(matmul)
-        if cudnn:
-            torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn

@@ -43,7 +43,7 @@ def rng_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
@@ -55,4 +55,5 @@ def load_rng_state(state: Mapping[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+        here = state["cuda"][: torch.cuda.device_count()]  # of a machine with more of them
+        torch.cuda.set_rng_state_all([one.cpu() for one in here])

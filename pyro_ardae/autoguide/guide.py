@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
@@ -32,6 +33,12 @@ from pyro_ardae.autoguide.quantiles import (
 )
 
 __all__ = ["AutoImplicit"]
+
+
+def _of_pyro(error: Exception) -> bool:
+    """Whether it was raised in Pyro's own code."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("pyro.")
 
 
 class AutoImplicit(AutoGuide):
@@ -154,12 +161,15 @@ class AutoImplicit(AutoGuide):
                 "AutoImplicit was copied or unpickled before its first call, and its model is not "
                 "part of the copy. Call the guide once, with the model's arguments, before."
             )
+        grad = torch.is_grad_enabled()
         try:
-            super()._setup_prototype(*args, **kwargs)
-            self._build(*args, **kwargs)
+            # What is built in inference mode could not be trained later.
+            with torch.inference_mode(False), torch.set_grad_enabled(grad):
+                super()._setup_prototype(*args, **kwargs)
+                self._build(*args, **kwargs)
         except Exception as error:
             self.prototype_trace = None  # half a guide must not be taken for a whole one
-            if isinstance(error, ZeroDivisionError):
+            if isinstance(error, ZeroDivisionError) and _of_pyro(error):
                 raise ValueError("AutoImplicit: a plate is empty; expected data.") from error
             raise
 
@@ -171,7 +181,7 @@ class AutoImplicit(AutoGuide):
         self._groups = find_groups(
             self.prototype_trace, set(self.local_plates), self.encoders.plates, created
         )
-        start = {name: unconstrain(site) for name, site in self._latents()}
+        start = {name: unconstrain(site).clone() for name, site in self._latents()}
         self.posterior = PyroModule()
         with torch.no_grad(), poutine.block():
             features = self._features(args, kwargs)

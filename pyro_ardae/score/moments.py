@@ -42,7 +42,6 @@ class Moments(nn.Module):
 
     context_mean: Tensor
     context_variance: Tensor
-    seen: Tensor
     offset: Tensor
     unit: Tensor
     weight: Tensor
@@ -52,7 +51,6 @@ class Moments(nn.Module):
     solution: Tensor
     square_error: Tensor
     variance: Tensor
-    fits: Tensor
 
     #: The widest context that is regressed on. Wider ones need more contexts than a guide in
     #: training stands still for.
@@ -67,7 +65,6 @@ class Moments(nn.Module):
         width = 1 + context_dim + num_features
         self.register_buffer("context_mean", torch.zeros(context_dim))
         self.register_buffer("context_variance", torch.zeros(context_dim))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
         self.register_buffer("offset", torch.zeros(context_dim))
         self.register_buffer("unit", torch.ones(context_dim))
         self.register_buffer("weight", torch.randn(context_dim, num_features) / context_dim**0.5)
@@ -77,7 +74,16 @@ class Moments(nn.Module):
         self.register_buffer("solution", torch.zeros(width, 2 * dim))
         self.register_buffer("square_error", torch.zeros(2 * dim))
         self.register_buffer("variance", torch.ones(2 * dim))
-        self.register_buffer("fits", torch.zeros((), dtype=torch.long))
+        # Numbers, not buffers: a GPU would be waited for to read one.
+        self.seen, self.fits = 0, 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What is no tensor."""
+        return {"seen": self.seen, "fits": self.fits}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Take what :meth:`get_extra_state` gave."""
+        self.seen, self.fits = state["seen"], state["fits"]
 
     def combine(
         self, mean: Tensor, scale: Tensor, draws: int, context: Tensor
@@ -127,7 +133,7 @@ class Moments(nn.Module):
 
     def _standardize(self, context: Tensor) -> None:
         """Follow the moments of the context; where they have moved, begin anew with them."""
-        rate = max(0.02, 1 / (1 + int(self.seen)))
+        rate = max(0.02, 1 / (1 + self.seen))
         variance, mean = torch.var_mean(context, 0, correction=0)
         shift = mean - self.context_mean
         self.context_variance.lerp_(variance + (1 - rate) * shift.square(), rate)
@@ -142,7 +148,7 @@ class Moments(nn.Module):
         self.unit.copy_(unit)
         self.gram.zero_()
         self.cross.zero_()
-        self.fits.zero_()
+        self.fits = 0
 
     def _features(self, context: Tensor) -> Tensor:
         standard = ((context - self.offset) / self.unit).clamp(-5, 5)

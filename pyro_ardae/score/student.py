@@ -65,5 +65,8 @@ class Student(NamedTuple):
         return self._distribution(like).sample(shape)
 
     def _distribution(self, like: Tensor) -> StudentT:
-        degrees, scale = like.new_tensor(self.degrees), like.new_tensor(self.square_scale).sqrt()
-        return StudentT(degrees, 0.0, scale, validate_args=False)
+        # new_full fills on the device, which new_tensor would be waited for by.
+        degrees, scale = (
+            like.new_full((), number) for number in (self.degrees, math.sqrt(self.square_scale))
+        )
+        return StudentT(degrees, torch.zeros_like(scale), scale, validate_args=False)

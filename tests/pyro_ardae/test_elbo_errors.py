@@ -188,11 +188,14 @@ def test_a_site_that_is_not_reparameterized(enumerate: str | None) -> None:
         y = pyro.sample("y", dist.Bernoulli(0.5))
         pyro.sample("z", dist.Normal(y.unsqueeze(-1), 1.0).to_event(1))
 
+    net = torch.nn.Linear(1, 1)
+
     def guide(first: bool) -> None:
+        pyro.module("net", net)
         logit, infer = pyro.param("logit", torch.zeros(())), {"enumerate": enumerate}
         if first:
             pyro.sample("y", dist.Bernoulli(logits=logit), infer=infer)
-        pyro.sample("z", Implicit(torch.nn.Linear(1, 1), 1))
+        pyro.sample("z", Implicit(net, 1))
         if not first:
             pyro.sample("y", dist.Bernoulli(logits=logit), infer=infer)
 
@@ -290,6 +293,31 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "TraceImplicit_ELBO",
     ),
     "entropy": (lambda: Implicit(lambda e: e, 2).entropy(), NotImplementedError, "entropy"),
+    "a sampler's tuple": (
+        lambda: Implicit(lambda e: (e, 1), 2).rsample(),
+        TypeError,
+        "expected the sampler to return a tensor, got a tuple",
+    ),
+    "a sampler of another dtype": (
+        lambda: Implicit(lambda e: torch.nn.Linear(2, 2).double()(e), 2).rsample(),
+        RuntimeError,
+        r"The noise is torch.float32; pass.*dtype",
+    ),
+    "a sampler that raises": (
+        lambda: Implicit(lambda e: [].index(1), 2).rsample(),
+        ValueError,
+        r"sampler\(noise \(2,\)\) failed",
+    ),
+    "the class as a loss": (
+        lambda: SVI(model, guide, optimizer(), TraceImplicit_ELBO).step(),
+        TypeError,
+        r"pass an instance, loss=TraceImplicit_ELBO\(\)",
+    ),
+    "the state of something else": (
+        lambda: TraceImplicit_ELBO().load_state_dict(torch.nn.Linear(1, 1).state_dict()),
+        TypeError,
+        "state_dict.*an entry 'weight'.*a Parameter|a Tensor",
+    ),
     "estimator that is no callable": (
         lambda: TraceImplicit_ELBO("ardae"),
         TypeError,
@@ -507,6 +535,62 @@ def test_what_fails_over_particles_says_what_to_do(kind: Any) -> None:
         elbo.loss_and_grads(linear, one_guide, x)
     elbo = kind(SMALL, strict_enumeration_warning=False, **options)
     elbo.loss_and_grads(linear, one_guide, x)
+
+
+@pytest.mark.parametrize("nesting", [math.inf, 1])
+def test_what_fails_without_a_plate_too_is_not_the_plates_fault(nesting: float) -> None:
+    def failing(x: Tensor) -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(1, 3), 1.0).to_event(2))
+        raise RuntimeError("the user's own")
+
+    elbo = TraceImplicit_ELBO(
+        SMALL, num_particles=4, vectorize_particles=True, max_plate_nesting=nesting
+    )
+    with pytest.raises(RuntimeError, match=r"^the user's own"):
+        elbo.loss_and_grads(failing, one_guide, torch.randn(5, 3))
+
+
+# ---- what trains nothing -------------------------------------------------------------------------
+
+
+def test_a_sampler_that_svi_does_not_train_is_warned_of_once() -> None:
+    net = torch.nn.Linear(2, 2)
+
+    def prior() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def bare() -> None:
+        pyro.sample("z", Implicit(net, 2, event_shape=(2,)))
+
+    def registered() -> None:
+        pyro.module("net", net)
+        bare()
+
+    def svi(one: Any) -> SVI:
+        return SVI(prior, one, optimizer(), TraceImplicit_ELBO(SMALL, num_particles=2))
+
+    untrained = svi(bare)
+    with pytest.warns(UserWarning, match=r"site 'z'.*SVI does not train.*pyro\.module"):
+        untrained.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        untrained.step()
+        svi(registered).step()
+        net.requires_grad_(False)  # which is meant
+        svi(bare).step()
+
+
+def test_state_of_sites_that_the_guide_has_not_is_warned_of_once() -> None:
+    loss = TraceImplicit_ELBO(SMALL)
+    svi = SVI(model, guide, optimizer(), loss)
+    svi.step()
+    state = loss.state_dict()
+    loss.load_state_dict({"renamed": state["z"]})
+    with pytest.warns(UserWarning, match="has not sampled: 'renamed'"):
+        svi.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svi.step()
 
 
 # ---- non-finite draws ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -257,6 +258,27 @@ def test_no_context_in_a_plate(particles: str, draws: int) -> None:
     fails = nullcontext() if draws == ROWS else pytest.raises(RuntimeError, match="of the context")
     with pytest.warns(UserWarning, match=r"site 'z'.*rows come out different.*lacks"), fails:
         elbo.loss_and_grads(model, one)
+
+
+def test_noise_narrower_than_a_draw() -> None:
+    def prior() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def narrow(own: bool) -> None:
+        weight = pyro.param("weight", torch.ones(1, 2))
+
+        def sampler(noise: Tensor) -> Tensor:
+            z = noise @ weight
+            return z + torch.randn_like(z) if own else z
+
+        pyro.sample("z", Implicit(sampler, 1, event_shape=(2,)))
+
+    options = {"num_score_samples": 8, "num_particles": 2}
+    with pytest.warns(UserWarning, match=r"site 'z': its noise has 1 dim.*a draw has 2.*surface"):
+        TraceImplicit_ELBO(SMALL, **options).loss_and_grads(prior, partial(narrow, False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TraceImplicit_ELBO(SMALL, **options).loss_and_grads(prior, partial(narrow, True))
 
 
 def test_the_warning_comes_once() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from inference.autoencoders.binarized_mnist import (
     Split,
     find_data_dir,
     load_binarized_mnist,
+    make_sample,
     read_amat,
 )
 from inference.autoencoders.data import unpack
@@ -97,6 +99,18 @@ def test_corrupt_cache(tmp_path: Path) -> None:
     (tmp_path / CACHE_NAME).write_bytes(b"PK\x03\x04 and no more")
     with pytest.raises(UserError, match=r"expected a readable npz file .* found 16 bytes"):
         load_binarized_mnist(tmp_path)
+
+
+def test_a_cache_with_bytes_that_do_not_unpack(tmp_path: Path) -> None:
+    path = make_sample(tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("valid.npy").header_offset + 80
+    content = bytearray(path.read_bytes())
+    for at in range(start, start + 400, 40):
+        content[at] ^= 0xFF
+        path.write_bytes(bytes(content))
+        with pytest.raises(UserError, match=r"expected a readable npz file"):
+            load_binarized_mnist(tmp_path)
 
 
 def test_wrong_shape_in_the_cache(tmp_path: Path) -> None:

@@ -86,9 +86,14 @@ def test_errors(tmp_path: Path) -> None:
         load_images(tmp_path)
     raw = tmp_path / "MNIST" / "raw"
     write_idx(raw)
-    (raw / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + b"\0" * 3)
-    with pytest.raises(UserError, match="MNIST/raw: expected train-images"):
-        load_images(tmp_path)
+    for damaged in (
+        b"\0\0\x08\x03" + b"\0" * 3,
+        b"\0\0\x0a\x03" + b"\0" * 16,  # of no type
+        b"\0\0\x0d\x01" + b"\0\0\0\x01" + b"\0" * 4,  # one floating-point number
+    ):
+        (raw / "train-images-idx3-ubyte").write_bytes(damaged)
+        with pytest.raises(UserError, match="MNIST/raw: expected train-images"):
+            load_images(tmp_path)
     write_idx(raw, side=27)
     with pytest.raises(UserError, match=r"expected images of 28 by 28, found \(240, 27, 27\)"):
         load_images(tmp_path)

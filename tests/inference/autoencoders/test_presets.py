@@ -28,7 +28,7 @@ from inference.autoencoders.presets import (
     check,
 )
 from inference.autoencoders.surrogate import surrogate_loss
-from inference.autoencoders.training import Training
+from inference.autoencoders.training import AVERAGE_EVERY, Training
 from models.vae import VAE
 from pyro_ardae import TraceImplicit_ELBO
 from tests.conftest import assert_equal
@@ -252,7 +252,9 @@ def test_presets_of_images_with_a_score_bound_their_gradient() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("preset", ["sbmnist-mlp-implicit", "sbmnist-conv-flow"])
+@pytest.mark.parametrize(
+    "preset", ["sbmnist-mlp-implicit", "sbmnist-mlp-fullcov", "sbmnist-conv-flow"]
+)
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_on_a_gpu(
     preset: str, precision: str, program: Program, sample_dir: Path, tmp_path: Path
@@ -268,6 +270,7 @@ def test_on_a_gpu(
     if config.guide not in SCORED:  # the score network reads one number back every few updates
         torch.cuda.set_sync_debug_mode("error")
         try:
-            training.step()
+            for _ in range(AVERAGE_EVERY + 1):
+                training.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")

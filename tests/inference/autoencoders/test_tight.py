@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal
 
 from inference.autoencoders.plane_posterior import PlanePosterior, plane_posterior
-from inference.autoencoders.tight import Tight, load, paired, save, summary, tight_evaluation
+from inference.autoencoders.tight import (
+    FILE_NAME,
+    Tight,
+    load,
+    paired,
+    save,
+    summary,
+    tight_evaluation,
+)
 from inference.shared.errors import UserError
 from inference.shared.run import RunFolder
 from models.guides import DeviatingGuide, GaussianGuide
@@ -109,6 +117,10 @@ def test_paired_needs_the_same_images(tmp_path: Path) -> None:
         paired(load(tmp_path / "a"), load(tmp_path / "c"))
     with pytest.raises(UserError, match="--ais"):
         load(tmp_path)
+    file = tmp_path / "a" / FILE_NAME
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match="--ais"):
+        load(tmp_path / "a")
 
 
 def test_plane_posterior_of_a_linear_model() -> None:

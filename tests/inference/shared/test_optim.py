@@ -17,7 +17,8 @@ from inference.shared.optim import TorchOptim
 def optimizer(clip: float | None) -> tuple[nn.Linear, TorchOptim]:
     """Gradient descent of step size 1: a step is minus the gradient."""
     module = nn.Linear(3, 4, bias=False)
-    return module, TorchOptim(module, torch.optim.SGD(module.parameters(), 1.0), clip=clip)
+    descent = torch.optim.SGD(module.parameters(), 1.0, fused=True)
+    return module, TorchOptim(module, descent, clip=clip)
 
 
 def step_of(module: nn.Linear, optim: TorchOptim, norm: float) -> float:
@@ -57,8 +58,28 @@ def test_a_norm_that_is_not_finite_has_no_part_in_the_mean() -> None:
     step_of(module, optim, 1.0)
     assert step_of(module, optim, 1e25) == 0  # finite, its norm in single precision is not
     step_of(module, optim, math.inf)
-    nn.init.zeros_(module.weight)
+    assert step_of(module, optim, math.inf) == step_of(module, optim, math.nan) == 0
     assert step_of(module, optim, 1e6) == pytest.approx(2.0, rel=1e-5)
+
+
+def test_a_step_without_a_finite_gradient_leaves_adam_as_it_was() -> None:
+    module = nn.Linear(3, 4, bias=False)
+    adam = torch.optim.AdamW(module.parameters(), 0.1, fused=True)
+    optim = TorchOptim(module, adam, clip=2.0)
+    step_of(module, optim, 1.0)
+    before = {name: value.clone() for name, value in adam.state[module.weight].items()}
+    module.weight.grad = torch.ones_like(module.weight)
+    module.weight.grad[0, 0] = math.inf
+    optim(module.parameters())
+    for name, value in adam.state[module.weight].items():
+        assert torch.equal(value, before[name])
+    assert step_of(module, optim, 1.0) > 0
+
+
+def test_a_bound_needs_a_fused_optimizer() -> None:
+    module = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match="expected a fused optimizer, got Adam"):
+        TorchOptim(module, torch.optim.Adam(module.parameters()), clip=2.0)
 
 
 def test_a_resumed_optimizer_knows_the_mean() -> None:

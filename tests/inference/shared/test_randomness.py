@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from inference.shared.randomness import forked_rng, load_rng_state, rng_state
@@ -25,3 +26,12 @@ def test_seeds_of_a_moment_leave_all_generators_as_they_are() -> None:
     after = draw()
     load_rng_state(before)
     assert seen[0] == seen[1] == seen[2] != after == draw()
+
+
+def test_a_state_of_more_gpus_is_taken_as_far_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: taken.append(len(states)))
+    load_rng_state({**rng_state(), "cuda": [torch.zeros(16, dtype=torch.uint8)] * 2})
+    assert taken == [1]

@@ -259,6 +259,29 @@ def test_a_guide_that_failed_can_be_called_again() -> None:
     assert guide(torch.zeros(3))["z"].shape == (3,)
 
 
+@pytest.mark.parametrize("call", ["forward", "sample_posterior"])
+def test_a_first_call_in_inference_mode_may_come_before_training(call: str) -> None:
+    guide, x = AutoImplicit(of_data), torch.zeros(3)
+    with torch.inference_mode():
+        if call == "forward":
+            guide(x)
+        else:
+            guide.sample_posterior(2, x)
+    elbo = TraceImplicit_ELBO(SMALL, num_particles=2, vectorize_particles=True)
+    svi = SVI(of_data, guide, pyro.optim.Adam({"lr": 1e-2}), elbo)
+    before = [p.detach().clone() for p in guide.parameters()]
+    svi.step(x)
+    assert any(not torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
+
+
+def test_a_division_by_zero_of_the_model_is_its_own() -> None:
+    def divides() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1 / 0.0))
+
+    with pytest.raises(ZeroDivisionError):
+        AutoImplicit(divides)()
+
+
 def step_on(x: Tensor, validate: bool = True) -> None:
     """Train on good data, then on ``x``; no parameter may change."""
     guide = AutoImplicit(of_data)
