@@ -56,7 +56,7 @@ class _Density:
 
     def _attach(self, name: str, fn: Implicit, value: Tensor) -> None:
         super()._attach(name, fn, value)  # type: ignore[misc]
-        site = self._sites[name]  # type: ignore[attr-defined]
+        site = self._sites.met[name]  # type: ignore[attr-defined]
         source, dims = fn.distinct(), len(fn.event_shape)
         context = None if source.context is None else source.context.detach()
         count = max(64, 4096 // max(1, source.batch_shape.numel()))

@@ -119,7 +119,7 @@ def stein_check(
 
 def _scored(fn: Implicit, loss: Any, name: str, num_samples: float) -> tuple[Tensor, Tensor]:
     """The score of fresh draws and the draws, centered: ``[n, dim]`` each, over all contexts."""
-    site = loss._sites[name]
+    site = loss._sites.met[name]
     contexts = max(1, fn.batch_shape.numel())
     count = math.ceil(num_samples / contexts)
     # As many draws for the whitening as in training, whose particles may have had more contexts.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,15 +21,13 @@ from pyro.infer.elbo import ELBOModule
 from torch import Tensor
 
 from pyro_ardae.implicit import Implicit
-from pyro_ardae.probe import check_trained
+from pyro_ardae.messenger import ScoreMessenger
 from pyro_ardae.random import fork_rng
 from pyro_ardae.score import ARDAE, ScoreEstimator
-from pyro_ardae.sites import ScoreMessenger, Site
+from pyro_ardae.sites import EstimatorFactory, Sites
 from pyro_ardae.traces import advised, refuse_dimensions, traces_of
 
 __all__ = ["TraceImplicitEnum_ELBO", "TraceImplicitMeanField_ELBO", "TraceImplicit_ELBO"]
-
-EstimatorFactory = Callable[[int, int], ScoreEstimator]
 
 
 def _parameters(trace: poutine.Trace) -> list[Tensor]:
@@ -121,27 +118,29 @@ class _ImplicitELBO:
         )
         self._given_nesting = self.max_plate_nesting  # Pyro has counted the particles' plate
         self.antithetic = antithetic
-        self.score_estimator = score_estimator
         self.num_score_samples = num_score_samples
         self.num_score_contexts = num_score_contexts
         self.num_score_updates = num_score_updates
         self.score_interval = score_interval
-        self._sites: dict[str, Site] = {}
-        self._pending: dict[str, dict[str, Any]] = {}
+        self._sites = Sites(score_estimator)
         self._guide: Any = None
         self._frozen = False
         self._learning, self._checked = False, True
         self._attached: list[Implicit] = []
         self._probed: set[str] = set()
-        self._warned = self._pending_warned = False
-        self._samplers: dict[str, torch.nn.Module] = {}  # of sites that are new in this step
+        self._warned = False
 
     # ---- what users call -------------------------------------------------------------------------
 
     @property
+    def score_estimator(self) -> EstimatorFactory:
+        """What makes the estimators."""
+        return self._sites.score_estimator
+
+    @property
     def estimators(self) -> dict[str, ScoreEstimator]:
         """The score estimators by site name; empty before the first step."""
-        return {name: site.estimator for name, site in self._sites.items()}
+        return {name: site.estimator for name, site in self._sites.met.items()}
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         r"""How well each implicit site's score was estimated in the last step in which draws of it
@@ -155,51 +154,35 @@ class _ImplicitELBO:
           sampling error.
         - ``std``: standard deviation of the draws, averaged over contexts and dimensions.
         """
-        return {name: site.diagnostics() for name, site in self._sites.items()}
+        return {name: site.diagnostics() for name, site in self._sites.met.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; loads with ``torch.load(…, weights_only=True)``."""
-        state = {
-            name: {
-                "dim": site.estimator.dim,
-                "context_dim": site.estimator.context_dim,
-                "kind": type(site.estimator).__name__,
-                "num_draws": site.num_draws,
-                "runs": site.runs,
-                "estimator": site.estimator.state_dict(),
-            }
-            for name, site in self._sites.items()
-        }
-        return {**self._pending, **state}
+        return self._sites.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the estimators of ``state``; they are built when their sites are next sampled.
 
         :raises TypeError: for anything else than what :meth:`state_dict` has given.
         """
-        for name, of_site in state.items():
-            keys = {*of_site} if isinstance(of_site, dict) else set()
-            if not keys >= {"dim", "context_dim", "estimator"}:
-                raise TypeError(
-                    f"expected what state_dict() of such a loss has given, got an entry {name!r} "
-                    f"that is no state of a site, but a {type(of_site).__name__}."
-                )
-        self.reset()
-        self._pending = copy.deepcopy(state)  # neither later training nor an optimizer may share it
+        self._sites.load_state_dict(state)
+        self._forget()
 
     def reset(self) -> None:
         """Forget all estimators, so that another guide can be trained."""
         self._sites.clear()
-        self._pending.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forgets the guide."""
         self._probed.clear()
-        self._samplers.clear()
-        self._warned = self._pending_warned = False
+        self._warned = False
         self._guide = None
         self.max_plate_nesting = self._given_nesting
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy need not know the guide; one that is defined in a function cannot be pickled."""
-        return {**self.__dict__, "_guide": None, "_samplers": {}}
+        return {**self.__dict__, "_guide": None}
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -220,7 +203,7 @@ class _ImplicitELBO:
         with self._learn(), poutine.trace(param_only=True) as seen:
             try:
                 loss = super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
-                self._check_sites(seen.trace)
+                self._sites.check_trained(_parameters(seen.trace))
                 if math.isnan(loss) or (math.isinf(loss) and not _finite_gradients(seen.trace)):
                     raise ValueError(
                         f"the loss is {'NaN' if math.isnan(loss) else 'infinite'}. The step was "
@@ -277,7 +260,7 @@ class _ImplicitELBO:
 
     def _restore(self, guide: Any, args: Any) -> None:
         """Build the estimators whose state was loaded, if they have not met their sites yet."""
-        if self._pending:
+        if self._sites.pending:
             with torch.no_grad(), self.frozen(), poutine.block():
                 try:
                     ScoreMessenger(self._attach, self._probed)(guide)(*args)
@@ -286,7 +269,7 @@ class _ImplicitELBO:
 
     def _guess_max_plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> None:
         # A run that goes on has guessed before, so this must not shift its noise.
-        resumed = fork_rng() if self._pending else nullcontext()
+        resumed = fork_rng() if self._sites.pending else nullcontext()
         with self.frozen(), resumed:
             super()._guess_max_plate_nesting(model, guide, args, kwargs)  # type: ignore[misc]
 
@@ -313,7 +296,7 @@ class _ImplicitELBO:
         guide = (getattr(guide, "__self__", None), getattr(guide, "__func__", guide))
         if self._guide is None:
             self._guide = guide
-        elif self._guide != guide and self._sites:
+        elif self._guide != guide and self._sites.met:
             warnings.warn(
                 f"{type(self).__name__} was trained on another guide, and its score estimators "
                 "describe that one. Use one loss object per guide, or call reset().",
@@ -325,7 +308,7 @@ class _ImplicitELBO:
         """Give ``fn`` its score: draw from it, let the site's estimator learn, and bind it."""
         source = fn.distinct()
         context = None if source.context is None else source.context.detach()
-        site = self._site(name, fn, value)
+        site = self._sites.meet(name, fn, value)
 
         learning = self._learning and not self._frozen
         if learning and self.num_particles == 1 and fn.batch_shape.numel() == 1:
@@ -356,18 +339,6 @@ class _ImplicitELBO:
         fn.score = score
         self._attached.append(fn)
 
-    def _check_sites(self, trace: poutine.Trace) -> None:
-        """Warns, once each, of samplers that are not trained and of states without a site."""
-        while self._samplers:
-            check_trained(*self._samplers.popitem(), _parameters(trace))
-        if self._pending and self._sites and not self._pending_warned:
-            self._pending_warned = True
-            warnings.warn(
-                f"the state that was loaded has sites that the guide has not sampled: "
-                f"{', '.join(map(repr, self._pending))}. Were they renamed?",
-                stacklevel=3,
-            )
-
     def _warn_of_one_draw(self, name: str) -> None:
         if not self._warned:
             self._warned = True
@@ -397,53 +368,6 @@ class _ImplicitELBO:
     def _num_draws(self, contexts: int) -> int:
         """Draws per context by which the score is learned in a step."""
         return self.num_score_samples or max(16, 2048 // max(1, contexts))
-
-    def _site(self, name: str, fn: Implicit, like: Tensor) -> Site:
-        """The estimator of a site, built when the site is first met."""
-        dim = max(1, fn.event_shape.numel())
-        width = 0 if fn.context is None else fn.context.shape[-1]
-        site = self._sites.get(name)
-        if site is None:
-            if isinstance(fn.sampler, torch.nn.Module):
-                self._samplers[name] = fn.sampler
-            # Building must not shift the guide's noise, nor make what cannot be trained later.
-            with fork_rng(), torch.inference_mode(False):
-                site = self._sites[name] = self._build(name, dim, width, like)
-        self._check(name, site.estimator.dim, site.estimator.context_dim, dim, width)
-        site.follow(like)
-        return site
-
-    def _build(self, name: str, dim: int, width: int, like: Tensor) -> Site:
-        estimator: Any = self.score_estimator(dim, width)
-        if not isinstance(estimator, ScoreEstimator):
-            raise TypeError(
-                "score_estimator: expected a callable that returns a ScoreEstimator, such as "
-                f"ARDAE, got a {type(estimator).__name__} of it."
-            )
-        site = Site(estimator)
-        site.follow(like)
-        if name in self._pending:
-            state = self._pending[name]
-            self._check(name, state["dim"], state["context_dim"], dim, width)
-            kind = type(estimator).__name__
-            if state.get("kind", kind) != kind:
-                raise ValueError(
-                    f"implicit site '{name}': expected the state of a {kind}, got that of a "
-                    f"{state['kind']}. Build the loss with the score_estimator it was saved of."
-                )
-            estimator.load_state_dict(state["estimator"])
-            site.num_draws = state.get("num_draws")
-            site.runs = state.get("runs", 0)
-            del self._pending[name]
-        return site
-
-    def _check(self, name: str, dim: int, width: int, new_dim: int, new_width: int) -> None:
-        if (dim, width) != (new_dim, new_width):
-            raise ValueError(
-                f"implicit site '{name}': this loss object was built for an event of size {dim} "
-                f"and a context of size {width}, got {new_dim} and {new_width}. Use one loss "
-                "object per guide, or call reset()."
-            )
 
 
 class _ImplicitELBOModule(ELBOModule):

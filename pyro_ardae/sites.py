@@ -1,77 +1,27 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Implicit sites as the losses see them: where they are sampled, and what is kept of each."""
+"""What a loss keeps of the implicit sites of its guide: their score estimators, and the like."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyro_ardae.implicit import Implicit, find_implicit, is_reparameterized, unwrapped
-from pyro_ardae.probe import check_context, check_noise
+from pyro_ardae.implicit import Implicit
+from pyro_ardae.probe import check_trained
+from pyro_ardae.random import fork_rng
 from pyro_ardae.score import ScoreEstimator
 
-__all__ = ["ScoreMessenger", "Site"]
+__all__ = ["EstimatorFactory", "Site", "Sites"]
 
-
-class ScoreMessenger(Messenger):
-    """Attach a score to every implicit site that a guide samples, when it is sampled."""
-
-    def __init__(self, attach: Callable[[str, Implicit, Tensor], None], probed: set[str]) -> None:
-        super().__init__()
-        self._attach = attach
-        self._probed = probed
-        self.paired_dim: int | None = None
-        self._earlier: dict[str, Tensor] = {}
-        self._not_reparameterized: list[str] = []
-
-    def __enter__(self) -> Any:
-        self._earlier.clear()  # of another run of the guide
-        self._not_reparameterized.clear()
-        return super().__enter__()
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        fn = None if self.paired_dim is None else find_implicit(msg["fn"])
-        if fn is not None:
-            fn.paired_dim = self.paired_dim  # expanded by the particles' plate later
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"]:
-            return
-        fn = find_implicit(msg["fn"])
-        if fn is not None:
-            for drawn in (fn, fn.expanded_from):
-                if drawn is not None:  # later draws of it are independent
-                    drawn.paired_dim = None
-            if self._not_reparameterized and torch.is_grad_enabled():
-                self._refuse(msg["name"])
-            if msg["name"] not in self._probed and msg["value"].requires_grad:
-                self._probed.add(msg["name"])
-                check_context(msg["name"], fn, self._earlier)
-                check_noise(msg["name"], fn)
-            self._attach(msg["name"], fn, msg["value"])
-        elif not site_is_subsample(msg) and not is_reparameterized(msg["fn"]):
-            self._not_reparameterized.append(msg["name"])
-        if not isinstance(unwrapped(msg["fn"]), Delta):  # which varies by what it is made of only
-            self._earlier[msg["name"]] = msg["value"]
-
-    def _refuse(self, name: str) -> None:
-        """Pyro differentiates by such a site through the value of what follows it."""
-        before = self._not_reparameterized[0]
-        raise ValueError(
-            f"implicit site '{name}': the guide samples '{before}' before it, which is not "
-            "reparameterized. Its gradient takes the value of log q of what follows, and an "
-            f"implicit site has none. Leave '{before}' out of the guide and let "
-            f"TraceImplicitEnum_ELBO sum it out of the model; or, if '{name}' does not depend on "
-            "it, sample it afterwards."
-        )
+#: Makes the score estimator of a site from the sizes of its event and its context.
+EstimatorFactory = Callable[[int, int], ScoreEstimator]
 
 
 class Site:
@@ -145,3 +95,127 @@ class Site:
         result["mean_score"] = float(score.flatten(0, -2).mean(0).norm())
         result["std"] = float(samples.std(0).mean()) if len(samples) > 1 else float("nan")
         return result
+
+
+class Sites:
+    """The sites that a loss has met, by name, and the states of those that it has not met yet.
+
+    :param score_estimator: called once for each site.
+    """
+
+    def __init__(self, score_estimator: EstimatorFactory) -> None:
+        self.score_estimator = score_estimator
+        self.met: dict[str, Site] = {}
+        self.pending: dict[str, dict[str, Any]] = {}
+        """States that were loaded, until their sites are met."""
+        self._warned = False
+        self._samplers: dict[str, nn.Module] = {}  # of sites that were met in this step
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of what the sites have learned, not of the guide."""
+        return {**self.__dict__, "_samplers": {}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers."""
+        state = {
+            name: {
+                "dim": site.estimator.dim,
+                "context_dim": site.estimator.context_dim,
+                "kind": type(site.estimator).__name__,
+                "num_draws": site.num_draws,
+                "runs": site.runs,
+                "estimator": site.estimator.state_dict(),
+            }
+            for name, site in self.met.items()
+        }
+        return {**self.pending, **state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what :meth:`state_dict` gave, and forgets all else.
+
+        :raises TypeError: for anything else.
+        """
+        for name, of_site in state.items():
+            keys = {*of_site} if isinstance(of_site, dict) else set()
+            if not keys >= {"dim", "context_dim", "estimator"}:
+                raise TypeError(
+                    f"expected what state_dict() of such a loss has given, got an entry {name!r} "
+                    f"that is no state of a site, but a {type(of_site).__name__}."
+                )
+        self.clear()
+        self.pending = copy.deepcopy(state)  # neither later training nor an optimizer may share it
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self.met.clear()
+        self.pending.clear()
+        self._samplers.clear()
+        self._warned = False
+
+    def meet(self, name: str, fn: Implicit, like: Tensor) -> Site:
+        """The site of a name; its estimator is built when it is first met.
+
+        :param like: a value of the site, whose device and dtype the estimator follows.
+        :raises TypeError: if what is built is no estimator.
+        :raises ValueError: if it was built for other sizes, or its state is of another kind.
+        """
+        dim = max(1, fn.event_shape.numel())
+        width = 0 if fn.context is None else fn.context.shape[-1]
+        site = self.met.get(name)
+        if site is None:
+            if isinstance(fn.sampler, nn.Module):
+                self._samplers[name] = fn.sampler
+            # Building must not shift the guide's noise, nor make what cannot be trained later.
+            with fork_rng(), torch.inference_mode(False):
+                site = self.met[name] = self._build(name, dim, width, like)
+        self._check(name, site.estimator.dim, site.estimator.context_dim, dim, width)
+        site.follow(like)
+        return site
+
+    def check_trained(self, parameters: Iterable[Tensor]) -> None:
+        """Warns, once each, of samplers that are not trained and of states without a site.
+
+        :param parameters: what is trained in this step.
+        """
+        trained = list(parameters)
+        while self._samplers:
+            check_trained(*self._samplers.popitem(), trained)
+        if self.pending and self.met and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the state that was loaded has sites that the guide has not sampled: "
+                f"{', '.join(map(repr, self.pending))}. Were they renamed?",
+                stacklevel=3,
+            )
+
+    def _build(self, name: str, dim: int, width: int, like: Tensor) -> Site:
+        estimator: Any = self.score_estimator(dim, width)
+        if not isinstance(estimator, ScoreEstimator):
+            raise TypeError(
+                "score_estimator: expected a callable that returns a ScoreEstimator, such as "
+                f"ARDAE, got a {type(estimator).__name__} of it."
+            )
+        site = Site(estimator)
+        site.follow(like)
+        if name in self.pending:
+            state = self.pending[name]
+            self._check(name, state["dim"], state["context_dim"], dim, width)
+            kind = type(estimator).__name__
+            if state.get("kind", kind) != kind:
+                raise ValueError(
+                    f"implicit site '{name}': expected the state of a {kind}, got that of a "
+                    f"{state['kind']}. Build the loss with the score_estimator it was saved of."
+                )
+            estimator.load_state_dict(state["estimator"])
+            site.num_draws = state.get("num_draws")
+            site.runs = state.get("runs", 0)
+            del self.pending[name]
+        return site
+
+    def _check(self, name: str, dim: int, width: int, new_dim: int, new_width: int) -> None:
+        if (dim, width) != (new_dim, new_width):
+            raise ValueError(
+                f"implicit site '{name}': this loss object was built for an event of size {dim} "
+                f"and a context of size {width}, got {new_dim} and {new_width}. Use one loss "
+                "object per guide, or call reset()."
+            )
