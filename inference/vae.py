@@ -145,7 +145,14 @@ def run(config: Config) -> Path:
     else:
         path = config.resume
         folder = RunFolder.open(path, options, COLUMNS, may_differ=MAY_DIFFER)
-        training.load_state(folder.load("latest", config.device))
+        state = folder.load("latest", config.device)
+        try:
+            training.load_state(state)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: expected the state of a training run of this version, found another "
+                f"({error}); start anew"
+            ) from error
         recorded = RunFolder.read_config(path)
         if any(recorded[name] != options[name] for name in ESTIMATE):
             training.best_valid = -float("inf")  # other estimates cannot be compared with it

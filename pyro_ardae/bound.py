@@ -50,8 +50,6 @@ class ElboEstimate:
 class _Density:
     """The loss with estimates of log q itself at implicit sites, in place of its gradient."""
 
-    estimators: dict[str, Any]
-
     _advice = OR_EACH
 
     def _attach(self, name: str, fn: Implicit, value: Tensor) -> None:

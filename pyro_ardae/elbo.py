@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_ardae.implicit import Implicit
 from pyro_ardae.messenger import ScoreMessenger
+from pyro_ardae.probe import check_trained
 from pyro_ardae.random import fork_rng
 from pyro_ardae.score import ARDAE, ScoreEstimator
 from pyro_ardae.sites import EstimatorFactory, Sites
@@ -32,7 +33,9 @@ __all__ = ["TraceImplicitEnum_ELBO", "TraceImplicitMeanField_ELBO", "TraceImplic
 
 def _parameters(trace: poutine.Trace) -> list[Tensor]:
     """Those of a trace of parameters, without constraints."""
-    return [site["value"].unconstrained() for site in trace.nodes.values()]
+    values = (site["value"] for site in trace.nodes.values())
+    # Those of Pyro's module_local_params are a module's own.
+    return [value.unconstrained() if hasattr(value, "unconstrained") else value for value in values]
 
 
 def _finite_gradients(trace: poutine.Trace) -> bool:
@@ -47,7 +50,7 @@ def _draw(
         samples, found = source.flat_draws(count, center=center)
     # The estimators keep squares of them.
     wide = torch.promote_types(samples.dtype, torch.float32)  # squares in half precision overflow
-    if checked and not torch.isfinite(samples.square().sum(dtype=wide)):
+    if checked and not torch.isfinite(samples.to(wide).square().sum()):
         raise ValueError(
             f"implicit site '{name}': its sampler returned non-finite values, or some too "
             "large to be squared. The step was refused and no parameter changed. Lower the "
@@ -128,6 +131,8 @@ class _ImplicitELBO:
         self._learning, self._checked = False, True
         self._attached: list[Implicit] = []
         self._probed: set[str] = set()
+        self._samplers: dict[str, torch.nn.Module] | None = None  # of the sites of a step of SVI
+        self._checked_samplers: set[str] = set()
         self._warned = False
 
     # ---- what users call -------------------------------------------------------------------------
@@ -176,6 +181,7 @@ class _ImplicitELBO:
     def _forget(self) -> None:
         """Forgets the guide."""
         self._probed.clear()
+        self._checked_samplers.clear()
         self._warned = False
         self._guide = None
         self.max_plate_nesting = self._given_nesting
@@ -201,9 +207,9 @@ class _ImplicitELBO:
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Train the score estimators, then differentiate the loss (the path of ``SVI.step``)."""
         with self._learn(), poutine.trace(param_only=True) as seen:
+            self._samplers = {}
             try:
                 loss = super().loss_and_grads(model, guide, *args, **kwargs)  # type: ignore[misc]
-                self._sites.check_trained(_parameters(seen.trace))
                 if math.isnan(loss) or (math.isinf(loss) and not _finite_gradients(seen.trace)):
                     raise ValueError(
                         f"the loss is {'NaN' if math.isnan(loss) else 'infinite'}. The step was "
@@ -211,10 +217,13 @@ class _ImplicitELBO:
                         "Check the data for NaN, the model's parameters for overflow, or lower "
                         "the learning rate."
                     )
+                self._check(seen.trace)
                 return loss
             except Exception:  # earlier particles have left their gradients
                 pyro.infer.util.zero_grads(_parameters(seen.trace))
                 raise
+            finally:
+                self._samplers = None
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a tensor, for a loop of one's own; trains the score estimators first, unless
@@ -229,14 +238,18 @@ class _ImplicitELBO:
         # Messenger.__call__, not functools.wraps: poutine.unwrap() finds a GuideMessenger under it.
         messenger = ScoreMessenger(self._attach, self._probed)
         scored = messenger(guide)
+
+        def alone() -> None:
+            with self.frozen():
+                traces_of(partial(model, **kwargs), partial(scored, **kwargs), args)
+
         try:
             if self.antithetic:
                 if self.max_plate_nesting == math.inf:
                     self._guess_max_plate_nesting(model, scored, args, kwargs)
                 messenger.paired_dim = -int(self.max_plate_nesting)  # that of the particles
             vectorized = self.vectorize_particles and self.num_particles > 1
-            alone = partial(self._run_alone, partial(model, **kwargs), partial(scored, **kwargs))
-            in_plate = partial(advised, self.num_particles, partial(alone, args), self._advice)
+            in_plate = partial(advised, self.num_particles, alone, self._advice)
             of_pyro = super()._get_traces(model, scored, args, kwargs)  # type: ignore[misc]
             while True:
                 with in_plate() if vectorized else nullcontext():
@@ -248,10 +261,6 @@ class _ImplicitELBO:
                 yield traces
         finally:
             self._detach()
-
-    def _run_alone(self, model: Any, guide: Any, args: Any) -> None:
-        with self.frozen():
-            traces_of(model, guide, args)
 
     def _detach(self) -> None:
         """A guide may keep its distributions: outside the ELBO they have no log_prob."""
@@ -309,6 +318,8 @@ class _ImplicitELBO:
         source = fn.distinct()
         context = None if source.context is None else source.context.detach()
         site = self._sites.meet(name, fn, value)
+        if self._samplers is not None and isinstance(fn.sampler, torch.nn.Module):
+            self._samplers[name] = fn.sampler
 
         learning = self._learning and not self._frozen
         if learning and self.num_particles == 1 and fn.batch_shape.numel() == 1:
@@ -338,6 +349,14 @@ class _ImplicitELBO:
 
         fn.score = score
         self._attached.append(fn)
+
+    def _check(self, trace: poutine.Trace) -> None:
+        """Warns, once each, of samplers that SVI does not train and of states without a site."""
+        samplers = self._samplers or {}
+        for name in samplers.keys() - self._checked_samplers:
+            self._checked_samplers.add(name)
+            check_trained(name, samplers[name], _parameters(trace))
+        self._sites.check_pending()
 
     def _warn_of_one_draw(self, name: str) -> None:
         if not self._warned:

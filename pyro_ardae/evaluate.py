@@ -175,13 +175,14 @@ def fitted_gaussian_log_weights(
 
     def log_weight(component: MultivariateNormal, size: int) -> Tensor:
         with full_precision():
-            latent = component.sample(torch.Size((size,)))
-            log_proposal = fitted.log_prob(latent)
+            latent = component.sample(torch.Size((size,))).to(guide_samples.dtype)
+            at = latent.to(wide.dtype)
+            log_proposal = fitted.log_prob(at)
             if num_prior:
                 log_proposal = torch.logaddexp(
-                    log_fitted_share + log_proposal, log_prior_share + prior.log_prob(latent)
+                    log_fitted_share + log_proposal, log_prior_share + prior.log_prob(at)
                 )
-        return log_joint(latent.to(guide_samples.dtype)) - log_proposal
+        return log_joint(latent) - log_proposal
 
     # A generator of its own, so that errors come with the call and not with the first chunk.
     def weights() -> Iterator[Tensor]:

@@ -107,7 +107,7 @@ def check_trained(name: str, sampler: nn.Module, trained: Iterable[Tensor]) -> N
     if of_sampler and of_sampler.isdisjoint(map(id, trained)):
         _warn(
             f"implicit site '{name}': the parameters of its sampler are none of Pyro's, so SVI "
-            f'does not train them. In the guide: pyro.module("{name}_sampler", sampler).'
+            f'does not train them. If it should, pyro.module("{name}", sampler) in the guide.'
         )
 
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_ardae.implicit import Implicit
-from pyro_ardae.probe import check_trained
 from pyro_ardae.random import fork_rng
 from pyro_ardae.score import ScoreEstimator
 
@@ -109,11 +108,6 @@ class Sites:
         self.pending: dict[str, dict[str, Any]] = {}
         """States that were loaded, until their sites are met."""
         self._warned = False
-        self._samplers: dict[str, nn.Module] = {}  # of sites that were met in this step
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is of what the sites have learned, not of the guide."""
-        return {**self.__dict__, "_samplers": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers."""
@@ -135,12 +129,16 @@ class Sites:
 
         :raises TypeError: for anything else.
         """
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"expected what state_dict() of such a loss has given, got a {type(state).__name__}"
+            )
         for name, of_site in state.items():
             keys = {*of_site} if isinstance(of_site, dict) else set()
             if not keys >= {"dim", "context_dim", "estimator"}:
                 raise TypeError(
-                    f"expected what state_dict() of such a loss has given, got an entry {name!r} "
-                    f"that is no state of a site, but a {type(of_site).__name__}."
+                    "expected what state_dict() of such a loss has given, got an entry "
+                    f"{name!r} that is no state of a site ({type(of_site).__name__})."
                 )
         self.clear()
         self.pending = copy.deepcopy(state)  # neither later training nor an optimizer may share it
@@ -149,7 +147,6 @@ class Sites:
         """Forgets all."""
         self.met.clear()
         self.pending.clear()
-        self._samplers.clear()
         self._warned = False
 
     def meet(self, name: str, fn: Implicit, like: Tensor) -> Site:
@@ -163,8 +160,6 @@ class Sites:
         width = 0 if fn.context is None else fn.context.shape[-1]
         site = self.met.get(name)
         if site is None:
-            if isinstance(fn.sampler, nn.Module):
-                self._samplers[name] = fn.sampler
             # Building must not shift the guide's noise, nor make what cannot be trained later.
             with fork_rng(), torch.inference_mode(False):
                 site = self.met[name] = self._build(name, dim, width, like)
@@ -172,18 +167,12 @@ class Sites:
         site.follow(like)
         return site
 
-    def check_trained(self, parameters: Iterable[Tensor]) -> None:
-        """Warns, once each, of samplers that are not trained and of states without a site.
-
-        :param parameters: what is trained in this step.
-        """
-        trained = list(parameters)
-        while self._samplers:
-            check_trained(*self._samplers.popitem(), trained)
+    def check_pending(self) -> None:
+        """Warns, once, of states that no site has taken."""
         if self.pending and self.met and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the state that was loaded has sites that the guide has not sampled: "
+                f"the state that was loaded has sites that the guide has not sampled so far: "
                 f"{', '.join(map(repr, self.pending))}. Were they renamed?",
                 stacklevel=3,
             )

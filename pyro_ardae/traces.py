@@ -128,11 +128,17 @@ def advised(num_samples: int, alone: Callable[[], object], advice: str = OR_EACH
 
 
 def _succeeds(run: Callable[[], object]) -> bool:
+    """Whether it does. Random states and the names in Pyro's store of parameters stay the same."""
+    store = pyro.get_param_store()
+    before = set(store.keys())
     try:
         with fork_rng(), torch.no_grad():
             run()
     except Exception:
         return False
+    finally:
+        for name in set(store.keys()) - before:
+            del store[name]
     return True
 
 

@@ -302,6 +302,8 @@ def test_errors_end_in_one_line(
     damaged = tmp_path / "damaged"
     program(*toy, "--out", damaged)
     (damaged / "checkpoints" / "latest.pt").write_bytes(b"cut short")
+    older = shutil.copytree(run, tmp_path / "older")
+    torch.save({"vae": {}}, older / "checkpoints" / "latest.pt")
     (tmp_path / "file").write_text("")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "binarized_mnist.npz").write_bytes(b"nothing")
@@ -314,6 +316,7 @@ def test_errors_end_in_one_line(
         ((*toy, "--resume", tmp_path / "none"), "expected a run folder, found none"),
         ((*toy, "--resume", run, "--seed", 5), "seed is 0 in the run, 5 here"),
         ((*toy, "--resume", damaged), "latest.pt: expected a checkpoint"),
+        ((*toy, "--resume", older), "expected the state of a training run of this version"),
         ((*mnist, "--data-dir", tmp_path / "bad"), "expected a readable npz file"),
         ((*mnist, "--gain", 0.5), "--gain: sbmnist-mlp-gaussian does not read it"),
         ((*mnist, "--steps", 0), "--steps: expected a positive number, found 0"),

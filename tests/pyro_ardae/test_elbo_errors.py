@@ -27,6 +27,7 @@ from pyro.infer import (
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
 )
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from pyro_ardae import (
@@ -313,10 +314,15 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"pass an instance, loss=TraceImplicit_ELBO\(\)",
     ),
+    "a state that is a list": (
+        lambda: TraceImplicit_ELBO().load_state_dict([1]),  # type: ignore[arg-type]
+        TypeError,
+        "list",
+    ),
     "the state of something else": (
         lambda: TraceImplicit_ELBO().load_state_dict(torch.nn.Linear(1, 1).state_dict()),
         TypeError,
-        "state_dict.*an entry 'weight'.*a Parameter|a Tensor",
+        "state_dict.*an entry 'weight' that is no state.*Tensor",
     ),
     "estimator that is no callable": (
         lambda: TraceImplicit_ELBO("ardae"),
@@ -580,13 +586,50 @@ def test_a_sampler_that_svi_does_not_train_is_warned_of_once() -> None:
         svi(bare).step()
 
 
+def test_parameters_of_modules_alone() -> None:
+    """Under Pyro's setting that modules keep their own, they are not in its store."""
+
+    class OfModule(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = PyroParam(torch.ones(DIM), dist.constraints.positive)
+
+        def forward(self) -> None:
+            scale = self.scale
+            with pyro.plate("rows", ROWS):
+                pyro.sample("z", Implicit(lambda e: scale * e, DIM))
+
+    with pyro.settings.context(module_local_params=True):
+        one = OfModule()
+        TraceImplicit_ELBO(SMALL).loss_and_grads(model, one)
+    assert one.scale_unconstrained.grad is not None
+
+
+def test_no_warning_of_what_an_evaluation_has_met() -> None:
+    net = torch.nn.Linear(DIM, DIM)
+
+    def bare() -> None:
+        with pyro.plate("rows", ROWS):
+            pyro.sample("z", Implicit(net, DIM))
+
+    loss = TraceImplicit_ELBO(SMALL)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        loss.loss(model, bare)
+    net = torch.nn.Linear(DIM, DIM)
+    pyro.module("net", net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss.loss_and_grads(model, lambda: (pyro.module("net", net), bare()))
+
+
 def test_state_of_sites_that_the_guide_has_not_is_warned_of_once() -> None:
     loss = TraceImplicit_ELBO(SMALL)
     svi = SVI(model, guide, optimizer(), loss)
     svi.step()
     state = loss.state_dict()
     loss.load_state_dict({"renamed": state["z"]})
-    with pytest.warns(UserWarning, match="has not sampled: 'renamed'"):
+    with pytest.warns(UserWarning, match="has not sampled so far: 'renamed'"):
         svi.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
