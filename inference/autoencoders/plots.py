@@ -40,6 +40,7 @@ def point_posterior(axes: Axes, one: PlanePosterior, *, colour: str) -> Axes:
     (left, right), (bottom, top) = one.shown
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.tick_params(labelsize=7)
+    axes.locator_params(nbins=5)
     return axes
 
 
