@@ -193,11 +193,7 @@ class UnconstrainedModel:
 
         if self.parallel:
             fn = poutine.condition(model, data=values)
-
-            def alone(*args: Any) -> Any:
-                return given(0)(*args)
-
-            return [run_many(fn, self.args, num_draws, self.max_plate_nesting, alone)]
+            return [run_many(fn, self.args, num_draws, self.max_plate_nesting, given(0))]
         return [run_each(given(index), self.args, 1)[0] for index in range(num_draws)]
 
     def _constrained(self, latent: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

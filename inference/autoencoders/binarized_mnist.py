@@ -14,8 +14,6 @@ import os
 import tempfile
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from inference.shared.errors import UserError
-from inference.shared.files import write_arrays
+from inference.shared.files import read_arrays, write_arrays
 from inference.shared.run import make_folder
 
 __all__ = [
@@ -86,9 +84,8 @@ def load_binarized_mnist(
     if not cache.exists():
         _fetch(directory, base_url, splits)
     try:
-        with cache.open("rb") as file, np.load(file) as archive:
-            found = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        found = read_arrays(cache)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{cache}: expected a readable npz file of packed binarized MNIST, found "
             f"{cache.stat().st_size} bytes that are not ({error}); delete it to download it again"

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from inference.autoencoders.ais import annealed_importance_sampling, refine_gaus
 from inference.autoencoders.entropy import fit_energy, implicit_elbo
 from inference.autoencoders.options import Config
 from inference.shared.errors import UserError, check_options, positive
-from inference.shared.files import write_arrays
+from inference.shared.files import read_arrays, write_arrays
 from inference.shared.randomness import forked_rng
 from models.vae import VAE
 from pyro_ardae.evaluate import elbo, fit_gaussian
@@ -207,9 +205,8 @@ def load(run: Path) -> dict[str, np.ndarray]:
     """
     path = run / FILE_NAME
     try:
-        with path.open("rb") as file, np.load(file) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        return read_arrays(path)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: expected figures of single images, found none ({error}); run "
             f"python -m inference.evaluate {run} --ais"

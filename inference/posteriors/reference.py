@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import json
 import warnings
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import pyro
@@ -29,7 +27,7 @@ from torch import Tensor
 
 from inference.shared import grid
 from inference.shared.errors import UserError
-from inference.shared.files import write_arrays
+from inference.shared.files import read_arrays, write_arrays
 from inference.shared.randomness import forked_rng
 from inference.shared.run import make_folder
 from models.energies import Energy
@@ -173,13 +171,11 @@ def _read(path: Path, settings: str) -> Draws | None:
     if not path.exists():
         return None
     try:
-        # Opened here: NumPy leaves a damaged archive open.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if str(file["settings"]) != settings:
-                return None
-            names = [name for name in file.files if name != "settings"]
-            return {name: torch.as_tensor(file[name]) for name in names}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, zlib.error) as error:
+        arrays = read_arrays(path)
+        if str(arrays.pop("settings")) != settings:
+            return None
+        return {name: torch.as_tensor(value) for name, value in arrays.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: expected reference draws that this program made, found: {error!r}. Delete "
             "the file, and they are made anew"

@@ -1,11 +1,13 @@
 # Copyright Contributors to the pyro-ardae project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 
 from inference.shared.errors import UserError
 
-__all__ = ["replacing", "write_arrays", "write_text"]
+__all__ = ["read_arrays", "replacing", "write_arrays", "write_text"]
 
 
 @contextmanager
@@ -47,3 +49,17 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """
     with replacing(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads an npz file.
+
+    :raises OSError: if it cannot be opened.
+    :raises ValueError: if it is damaged.
+    """
+    try:
+        # Opened here: NumPy leaves a damaged archive open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (EOFError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{error}") from error
